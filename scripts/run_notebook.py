@@ -1,0 +1,142 @@
+"""Execute the notebook top to bottom with its progress in the terminal, on real input: what ``make run`` runs.
+
+Where the Hugging Face Hub answers, the notebook fetches its own model and data. Where it does not, the offline assets stand in, with the demo
+profile. Settings (``QLORA_*``) of the environment or of ``.env`` win over both.
+"""
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import nbformat
+import offline_assets
+from dotenv import load_dotenv
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = "QLoRA_BERT_TextClassification.ipynb"
+
+
+def hub_is_reached(timeout: float = 5.0) -> bool:
+    """Tell whether the Hugging Face Hub may be used (``HF_HUB_OFFLINE`` is not set) and answers within ``timeout`` seconds."""
+    from huggingface_hub import constants, get_session  # here, because it reads the environment at import, .env included
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # offline mode, no name server, refused, timed out: all mean the same here
+        return False
+    return True
+
+
+def with_home(path: Path) -> str:
+    """Return ``path`` below this repository, or with the user's home folder written as ``~``, so that outputs can be shared."""
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
+
+
+def use_offline_assets(environ: MutableMapping[str, str]) -> None:
+    """Let the notebook run without the Hub: the demo profile, on the offline assets, unless ``environ`` names others."""
+    environ.setdefault("QLORA_PROFILE", "demo")
+    if not environ.get("QLORA_MODEL_NAME"):
+        environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
+    if not environ.get("QLORA_DATASET_NAME"):
+        environ["QLORA_DATASET_NAME"] = with_home(offline_assets.ensure_reviews())
+
+
+class ProgressClient(NotebookClient):
+    """Execute a notebook, printing each cell as it starts, what it prints, and its progress bars."""
+
+    last_bar = 0.0
+
+    def announce(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        """Print the heading above a code cell, and the cell's number and first line."""
+        for before in reversed(self.nb.cells[:cell_index]):
+            if before.cell_type == "code":
+                break
+            for heading in re.findall(r"^## (.+)$", before.source, flags=re.MULTILINE):
+                print(f"\n== {heading}")
+        numbers = [index for index, each in enumerate(self.nb.cells) if each.cell_type == "code"]
+        first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")), "")
+        print(f"[{numbers.index(cell_index) + 1:>3}/{len(numbers)}] {first[:100]}", flush=True)
+
+    def process_message(self, msg, cell, cell_index):
+        content = msg["content"]
+        if msg["msg_type"] == "stream":
+            print(content["text"], end="", flush=True)
+        elif msg["msg_type"] in ("display_data", "update_display_data") and "<progress" in content["data"].get("text/html", ""):
+            bar = re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", content["data"]["text/html"]))
+            if bar and time.monotonic() - self.last_bar > 10:
+                self.last_bar = time.monotonic()
+                print("      " + " ".join(bar.group().split()), flush=True)
+        return super().process_message(msg, cell, cell_index)
+
+
+def execute(notebook: Path, executed: Path, folder: Path) -> None:
+    """Execute ``notebook`` in ``folder`` and write it with its outputs to ``executed``, also when a cell fails.
+
+    Raises:
+        SystemExit: a cell failed; the message is the cell's error.
+    """
+    nb = nbformat.read(notebook, as_version=4)
+    client = ProgressClient(nb, timeout=None, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}})
+    client.extra_arguments = ["--log-level=ERROR"]  # the kernel warns that it speaks plain TCP, on this machine alone
+    client.on_cell_execute = client.announce
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise SystemExit(f"\n{error.ename}: {error.evalue}\nThe cells up to this one, with their outputs, are in {with_home(executed)}.") from None
+    finally:
+        nbformat.write(nb, executed)
+
+
+def peak_memory_gb() -> float:
+    """Return the largest resident memory of a finished child process, the notebook's kernel, in GB (10^9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
+
+
+def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> str:
+    """Return what ``make run`` ends with: scores, training time and where everything is."""
+
+    def line(name: str, scores: dict) -> str:
+        low, high = scores["accuracy_ci95"]
+        return f"{name:<24}{scores['accuracy']:.1%}  (95 % interval {low:.1%} to {high:.1%})"
+
+    provenance = results["provenance"]
+    return "\n".join(
+        [
+            f"\nProfile {provenance['profile']}: {provenance['model']} on {provenance['dataset']}, {provenance['device']}",
+            line("QLoRA, test accuracy", results["test"]),
+            *(line(f"{name}, the same", scores) for name, scores in results["baselines"].items()),
+            f"{'training':<24}{results['training']['seconds']:.0f} s for {results['training']['epochs']:g} epochs; the whole notebook {provenance['wall_seconds']:.0f} s and {peak_memory_gb():.1f} GB of memory",
+            f"{'plots and results.json':<24}{data_dir}/",
+            f"{'adapter':<24}{output_dir}/adapter/",
+            f"{'executed notebook':<24}{with_home(executed)}",
+        ]
+    )
+
+
+def main() -> None:
+    """Prepare the input, execute the notebook and print the summary."""
+    os.chdir(ROOT)
+    load_dotenv(".env")
+    if not hub_is_reached():
+        print("Without the Hugging Face Hub (HF_HUB_OFFLINE is set, or it does not answer): running on the offline assets.", flush=True)
+        use_offline_assets(os.environ)
+    output_dir, data_dir = os.environ.get("QLORA_OUTPUT_DIR") or "outputs", os.environ.get("QLORA_DATA_DIR") or "Data"
+    executed = (ROOT / output_dir / NOTEBOOK).with_suffix(".executed.ipynb")
+    execute(ROOT / NOTEBOOK, executed, ROOT)
+    results = json.loads((ROOT / data_dir / "results.json").read_text(encoding="utf-8"))
+    print(summary(results, data_dir, output_dir, executed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
