@@ -1,0 +1,86 @@
+"""The notebook's definitions, a tiny BERT and real sentences, for all tests."""
+
+import ast
+import sys
+import types
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def is_definition(node: ast.stmt) -> bool:
+    """Tell whether a statement imports or defines, and does nothing else."""
+    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+
+
+def code_cells() -> list[nbformat.NotebookNode]:
+    """Return the notebook's code cells."""
+    return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+
+
+def import_definitions() -> types.ModuleType:
+    """Return a module of the notebook's imports, functions and classes, made without running anything else of it."""
+    module = types.ModuleType("notebook_definitions")
+    sys.modules[module.__name__] = module  # dataclasses look their types up there
+    for index, cell in enumerate(code_cells()):
+        tree = ast.parse(cell.source)
+        tree.body = [node for node in tree.body if is_definition(node)]
+        exec(compile(tree, f"<code cell {index + 1}>", "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture(scope="session")
+def notebook() -> types.ModuleType:
+    """The notebook's definitions."""
+    return import_definitions()
+
+
+@pytest.fixture(scope="session")
+def offline_model() -> str:
+    """The folder of the small pretrained BERT."""
+    import offline_assets
+
+    return str(offline_assets.ensure_model())
+
+
+@pytest.fixture(scope="session")
+def sentences(notebook):
+    """The real sentences as a cleaned table of ``text`` and ``label``."""
+    import offline_assets
+
+    reviews, _ = notebook.clean_reviews(notebook.load_reviews(str(offline_assets.ensure_reviews())))
+    return reviews
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory, offline_model) -> str:
+    """A folder with a BERT of 2 layers x 64 and random weights, with the real vocabulary; dropout off, so that runs can be compared."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 128}
+    BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(offline_model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_config(notebook, tiny_bert, tmp_path):
+    """A configuration for the tiny BERT on a CPU that writes below the test's own folder."""
+    environ = {"QLORA_PROFILE": "full", "QLORA_MODEL_NAME": tiny_bert, "QLORA_MAX_LENGTH": "32", "QLORA_LORA_DROPOUT": "0", "QLORA_LORA_R": "4", "QLORA_LORA_ALPHA": "8"}
+    environ |= {"QLORA_OUTPUT_DIR": str(tmp_path / "outputs"), "QLORA_DATA_DIR": str(tmp_path / "Data"), "QLORA_OPTIM": "adamw_torch"}
+    return notebook.resolve_config(environ, cuda=False)[0]
+
+
+@pytest.fixture
+def qlora_model(notebook, tiny_config):
+    """The tiny BERT in 4 bits with adapters, ready to train."""
+    base = notebook.load_classifier(tiny_config.model_name, tiny_config.seed, notebook.quantization_config(tiny_config, ["classifier"]))
+    return notebook.add_adapters(base, tiny_config, ["classifier"])

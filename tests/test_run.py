@@ -1,0 +1,125 @@
+"""The whole notebook, top to bottom, on a small slice of the real sentences: every artefact, a loss that falls, no warning."""
+
+import json
+import os
+import shutil
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import NOTEBOOK, ROOT
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+PLOTS = ["confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "lora_rank_sensitivity.png", "nf4_quantization.png", "training_curves.png"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, offline_model, sentences):
+    """The folder and the executed notebook of one run, with the notebook alone in the folder as in Colab."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "reviews").mkdir()
+    sentences.sample(1000, random_state=0).to_csv(folder / "reviews" / "reviews.csv", index=False)
+    shutil.copy(NOTEBOOK, folder)
+    settings = {
+        "QLORA_PROFILE": "demo",
+        "QLORA_MODEL_NAME": offline_model,
+        "QLORA_DATASET_NAME": "./reviews",
+        "QLORA_NUM_TRAIN_EPOCHS": "3",
+        "QLORA_PER_DEVICE_TRAIN_BATCH_SIZE": "8",
+        "QLORA_GRADIENT_ACCUMULATION_STEPS": "2",
+        "QLORA_MAX_TRAIN_SAMPLES": "640",
+        "QLORA_RANK_TRAIN_SAMPLES": "64",
+        "QLORA_EFFICIENCY_STEPS": "2",
+    }
+    (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    private = ("QLORA_", "WANDB_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(private)} | {"HF_HUB_OFFLINE": "1"}
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute(env=environ)
+    return folder, nb
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return json.loads((run[0] / "Data" / "results.json").read_text(encoding="utf-8"))
+
+
+def test_without_a_hub_the_defaults_fail_in_seconds_with_what_to_do(tmp_path):
+    """From the first cell on, with nothing in the cache and nothing behind the Hub's address."""
+    shutil.copy(NOTEBOOK, tmp_path)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "WANDB_", "HF_"))}
+    environ |= {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "empty")}
+    client = NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    started = []
+    client.on_cell_start = lambda cell, cell_index: started.append(time.monotonic())
+    with pytest.raises(CellExecutionError, match="ConnectionError.*QLORA_MODEL_NAME=path/to/folder"):
+        client.execute(env=environ)
+    assert time.monotonic() - started[-1] < 10
+
+
+def outputs(nb):
+    return [output for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_no_cell_has_an_error_or_an_unexplained_warning(run):
+    for output in outputs(run[1]):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+        assert "Warning" not in str(output.get("text", ""))
+
+
+def test_the_saved_adapter_is_the_trained_one_to_the_last_bit(run):
+    lines = [line for output in outputs(run[1]) for line in output.get("text", "").splitlines()]
+    assert "Largest difference between the logits in memory and from disk: 0." in lines
+
+
+def test_every_artefact_is_there(run):
+    folder, _ = run
+    assert sorted(path.name for path in (folder / "Data").iterdir()) == sorted([*PLOTS, "results.json"])
+    assert all((folder / "Data" / name).read_bytes().startswith(b"\x89PNG") for name in PLOTS)
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / "outputs" / "adapter").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / "outputs" / "merged").iterdir()}
+
+
+def test_results_have_the_design_s_shape(results):
+    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes"]
+    assert set(results["provenance"]) == {"profile", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
+    assert list(results["test"]) == ["n", "accuracy", "accuracy_ci95", "f1_weighted", "f1_weighted_ci95", "confusion_matrix"]
+    assert set(results["baselines"]["tfidf_logreg"]) == {"accuracy", "accuracy_ci95"}
+    assert {"epochs", "seconds", "samples_per_second", "best_epoch", "history"} <= set(results["training"])
+    for row in results["efficiency"]:
+        assert list(row) == ["method", "trainable_parameters", "weights_mb", "peak_mb", "samples_per_second", "measured"]
+    for row in results["rank_sensitivity"]:
+        assert list(row) == ["rank", "trainable_parameters", "accuracy", "accuracy_ci95"]
+
+
+def test_the_numbers_agree_with_each_other(results):
+    test = results["test"]
+    matrix = np.array(test["confusion_matrix"])
+    assert matrix.sum() == test["n"] == results["provenance"]["rows"]["test"] == 100
+    assert test["accuracy"] == pytest.approx(matrix.trace() / matrix.sum())
+    assert test["accuracy_ci95"][0] <= test["accuracy"] <= test["accuracy_ci95"][1]
+    assert results["provenance"]["rows"]["train"] == 640 and results["provenance"]["git_commit"] is None
+    ranks = {row["rank"]: row for row in results["rank_sensitivity"]}
+    assert list(ranks) == [1, 2, 4, 8, 16, 32, 64] and sum(row["accuracy"] is not None for row in ranks.values()) >= 3
+    assert ranks[64]["trainable_parameters"] == 6 * 2 * 64 * (384 + 384) + 384 * 2 + 2
+
+
+def test_the_loss_fell_and_the_test_split_is_better_than_chance(results):
+    history = results["training"]["history"]
+    evaluated = [row for row in history if row.get("eval_loss") is not None]
+    assert len(evaluated) == 3 and evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] < np.log(2) + 0.01
+    losses = [row["loss"] for row in history if row.get("loss") is not None]
+    assert losses[0] == pytest.approx(np.log(2), abs=0.1)  # on the validation loss's scale, with two accumulated batches
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    assert results["test"]["accuracy_ci95"][0] > 0.5
+
+
+def test_a_run_writes_to_its_own_places_only(run):
+    assert sorted(path.name for path in run[0].iterdir()) == [".env", "Data", NOTEBOOK.name, "outputs", "reviews"]
+    assert not (ROOT / "wandb").exists()
