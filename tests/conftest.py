@@ -1,6 +1,5 @@
 """The notebook's definitions, a tiny BERT and real sentences, for all tests."""
 
-import ast
 import sys
 import types
 from pathlib import Path
@@ -12,26 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-
-def is_definition(node: ast.stmt) -> bool:
-    """Tell whether a statement imports or defines, and does nothing else."""
-    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+from import_notebook import import_definitions  # noqa: E402
 
 
 def code_cells() -> list[nbformat.NotebookNode]:
     """Return the notebook's code cells."""
     return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-
-
-def import_definitions() -> types.ModuleType:
-    """Return a module of the notebook's imports, functions and classes, made without running anything else of it."""
-    module = types.ModuleType("notebook_definitions")
-    sys.modules[module.__name__] = module  # dataclasses look their types up there
-    for index, cell in enumerate(code_cells()):
-        tree = ast.parse(cell.source)
-        tree.body = [node for node in tree.body if is_definition(node)]
-        exec(compile(tree, f"<code cell {index + 1}>", "exec"), module.__dict__)
-    return module
 
 
 @pytest.fixture(scope="session")
