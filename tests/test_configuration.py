@@ -37,7 +37,7 @@ MISSION = {
 def test_the_full_profile_is_the_mission(notebook):
     config, sources = notebook.resolve_config({}, cuda=True)
     assert config.profile == "full" and {name: getattr(config, name) for name in MISSION} == MISSION
-    assert set(sources) == {"profile"}
+    assert set(sources) == {"profile", "execution"}
 
 
 def test_without_a_gpu_the_profile_is_demo_in_float32(notebook):

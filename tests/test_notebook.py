@@ -8,7 +8,8 @@ import symtable
 
 import nbformat
 import pytest
-from conftest import NOTEBOOK, ROOT, code_cells, is_definition
+from conftest import NOTEBOOK, ROOT, code_cells
+from import_notebook import is_definition
 
 SECTIONS = [
     "1 Environment",

@@ -87,8 +87,8 @@ def test_every_artefact_is_there(run):
 
 
 def test_results_have_the_design_s_shape(results):
-    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes"]
-    assert set(results["provenance"]) == {"profile", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
+    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder"]
+    assert set(results["provenance"]) == {"profile", "execution", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
     assert list(results["test"]) == ["n", "accuracy", "accuracy_ci95", "f1_weighted", "f1_weighted_ci95", "confusion_matrix"]
     assert set(results["baselines"]["tfidf_logreg"]) == {"accuracy", "accuracy_ci95"}
     assert {"epochs", "seconds", "samples_per_second", "best_epoch", "history"} <= set(results["training"])

@@ -59,7 +59,7 @@ def test_left_to_itself_trainer_would_double_the_loss(notebook, tiny_config, tok
 
 
 def test_the_trainer_gets_the_mission_s_settings(notebook, monkeypatch):
-    config, _ = notebook.resolve_config({}, cuda=True)
+    config, _ = notebook.resolve_config({"QLORA_EXECUTION": "plain"}, cuda=True)
     seen = {}
     monkeypatch.setattr(notebook, "TrainingArguments", lambda **values: seen.update(values) or type("Arguments", (), {"n_gpu": 2, "_n_gpu": 2})())
     arguments = notebook.training_arguments(config, "outputs")
