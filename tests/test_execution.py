@@ -69,6 +69,17 @@ def trained(model) -> torch.Tensor:
     return torch.cat([each.detach().flatten().double().cpu() for each in model.parameters() if each.requires_grad])
 
 
+def train_both(bert: str, tmp_path, tokenizer, rows, executions) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Train once by each execution; return the adapters before, and after each."""
+    results = []
+    for execution in executions:
+        trainer = make_trainer(config_for(bert, tmp_path, execution), tokenizer, rows)
+        before = trained(trainer.model)
+        trainer.train()
+        results.append(trained(trainer.model))
+    return before, results
+
+
 # Choosing
 
 
@@ -159,12 +170,7 @@ def test_one_dtype_predicts_like_float32(still_bert, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float32 throughout only without a GPU")
 @pytest.mark.parametrize("execution", ["fast", "lean"])
 def test_training_gives_the_same_adapters_as_plain(still_bert, tmp_path, tokenizer, rows, execution):
-    results = []
-    for name in ("plain", execution):
-        trainer = make_trainer(config_for(still_bert, tmp_path, name), tokenizer, rows)
-        before = trained(trainer.model)
-        trainer.train()
-        results.append(trained(trainer.model))
+    before, results = train_both(still_bert, tmp_path, tokenizer, rows, ("plain", execution))
     assert (results[0] - before).norm() > 1e-2
     assert (results[1] - results[0]).norm() < 1e-3 * (results[0] - before).norm()
 
@@ -359,12 +365,7 @@ def test_recorded_training_is_the_unrecorded_one(still_bert, tmp_path, tokenizer
 @needs_gpu
 @pytest.mark.parametrize("execution", ["fast", "lean"])
 def test_training_on_a_gpu_gives_about_the_adapters_of_plain(still_bert, tmp_path, tokenizer, rows, execution):
-    results = []
-    for name in ("plain", execution):
-        trainer = make_trainer(config_for(still_bert, tmp_path, name), tokenizer, rows)
-        before = trained(trainer.model)
-        trainer.train()
-        results.append(trained(trainer.model))
+    before, results = train_both(still_bert, tmp_path, tokenizer, rows, ("plain", execution))
     assert (results[1] - results[0]).norm() < 0.1 * (results[0] - before).norm()  # fp16 against autocast
 
 
