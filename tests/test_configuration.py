@@ -71,7 +71,7 @@ def test_every_field_can_be_set_from_the_environment(notebook):
     """Each default, written as text, is read back as the same typed value."""
     for field in dataclasses.fields(notebook.Config):
         default = getattr(notebook.Config(), field.name)
-        value = 7 if default is None else default
+        value = {"quantize_embeddings": True, "max_train_samples": 7, "memory_caps_gb": [4.0, 8.5]}.get(field.name, default)
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         read = notebook.read_overrides({f"QLORA_{field.name.upper()}": text})[field.name]
         assert read == value and type(read) is type(value), field.name

@@ -54,6 +54,7 @@ def config_for(model: str, tmp_path, execution: str, **changes):
     """Return a configuration of 4 x 2 texts a step."""
     environ = {"QLORA_PROFILE": "full", "QLORA_MODEL_NAME": model, "QLORA_MAX_LENGTH": "128", "QLORA_LORA_R": "4", "QLORA_LORA_DROPOUT": "0", "QLORA_LEARNING_RATE": "1e-3"}
     environ |= {"QLORA_PER_DEVICE_TRAIN_BATCH_SIZE": "4", "QLORA_OPTIM": "adamw_torch", "QLORA_OUTPUT_DIR": str(tmp_path), "QLORA_EFFICIENCY_STEPS": "3"}
+    environ |= {"QLORA_QUANTIZE_EMBEDDINGS": "no"}  # or lean would train on another base
     config, _ = nb.resolve_config(environ, cuda=torch.cuda.is_available())
     return nb.carried_out(dataclasses.replace(config, execution=execution, **changes))
 
@@ -96,7 +97,7 @@ def test_plain_changes_nothing_and_no_execution_changes_the_effective_batch():
 
 
 def test_an_execution_decides_only_these_fields():
-    carried = {"execution", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim", "train_sampling_strategy", "per_device_eval_batch_size"}
+    carried = {"execution", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim", "train_sampling_strategy", "per_device_eval_batch_size", "quantize_embeddings"}
     for name in ("fast", "lean"):
         before, after = nb.Config(execution=name), nb.carried_out(nb.Config(execution=name))
         assert {field for field, value in dataclasses.asdict(after).items() if value != getattr(before, field)} <= carried
@@ -431,4 +432,6 @@ def test_the_ladder_and_the_methods_are_measured(still_bert, tmp_path, tokenizer
     assert [row["rung"] for row in ladder] == list(nb.ladder_rungs(config))
     assert all(row["peak_mb"] > 0 and row["samples_per_second"] > 0 for row in ladder)
     for name in ("qlora_fast", "qlora_lean"):
-        assert nb.measure_method(name, config, ["classifier"], tokenizer, rows)["measured"]
+        row = nb.measure_method(nb.efficiency_methods().loc[name], config, ["classifier"], tokenizer, rows)
+        assert row["measured"] and row["peak_mb"] == pytest.approx(sum(row[f"{part}_mb"] for part in nb.memory_parts()))
+        assert all(row[f"{part}_mb"] > 0 for part in nb.memory_parts() if part != "update")

@@ -136,7 +136,7 @@ def test_without_a_gpu_only_float32_and_qlora_are_measured(notebook, tiny_config
     config = dataclasses.replace(tiny_config, efficiency_steps=2)
     tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
     train = notebook.tokenize_reviews(notebook.split_reviews(sentences.sample(400, random_state=0), 0.1, 0.1, 0), tokenizer, 32)["train"]
-    rows = {name: notebook.measure_method(name, config, ["classifier"], tokenizer, train) for name in notebook.efficiency_methods().index}
+    rows = {name: notebook.measure_method(method, config, ["classifier"], tokenizer, train) for name, method in notebook.efficiency_methods().iterrows()}
     assert {name: row["measured"] for name, row in rows.items()} == {"full_fp32": True, "full_fp16": False, "full_fp16_checkpointing": False, "lora_fp16": False, "qlora_plain": True, "qlora_lean": False, "qlora_fast": False}
     assert all(row["peak_mb"] is None for row in rows.values()) and rows["lora_fp16"]["weights_mb"] is None
     assert rows["full_fp32"]["trainable_parameters"] * 4 == pytest.approx(rows["full_fp32"]["weights_mb"] * 1e6)

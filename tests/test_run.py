@@ -8,11 +8,12 @@ import time
 import nbformat
 import numpy as np
 import pytest
+import torch
 from conftest import NOTEBOOK, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-PLOTS = ["confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "lora_rank_sensitivity.png", "nf4_quantization.png", "training_curves.png"]
+PLOTS = ["confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "lora_rank_sensitivity.png", "memory_growth.png", "nf4_quantization.png", "training_curves.png"]
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +88,19 @@ def test_every_artefact_is_there(run):
 
 
 def test_results_have_the_design_s_shape(results):
-    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder"]
+    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch", "adapted_modules"]
     assert set(results["provenance"]) == {"profile", "execution", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
     assert list(results["test"]) == ["n", "accuracy", "accuracy_ci95", "f1_weighted", "f1_weighted_ci95", "confusion_matrix"]
     assert set(results["baselines"]["tfidf_logreg"]) == {"accuracy", "accuracy_ci95"}
     assert {"epochs", "seconds", "samples_per_second", "best_epoch", "history"} <= set(results["training"])
     for row in results["efficiency"]:
-        assert list(row) == ["method", "trainable_parameters", "weights_mb", "peak_mb", "samples_per_second", "measured"]
+        parts = ["weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "workspaces_mb", "update_mb"]
+        assert list(row) == ["method", "trainable_parameters", *parts, "peak_mb", "samples_per_second", "measured"]
+        assert torch.cuda.is_available() or row["peak_mb"] is row["activations_mb"] is None
     for row in results["rank_sensitivity"]:
-        assert list(row) == ["rank", "trainable_parameters", "accuracy", "accuracy_ci95"]
+        assert list(row) == ["rank", "trainable_parameters", "accuracy", "accuracy_ci95", "seeds", "gain", "gain_ci95"]
+    assert [row["modules"] for row in results["adapted_modules"]] == ["query, value", "all of attention", "all linear layers"]
+    assert {row["method"] for row in results["growth"]} >= {"qlora_lean" if torch.cuda.is_available() else "qlora_plain"}
 
 
 def test_the_numbers_agree_with_each_other(results):

@@ -1,0 +1,38 @@
+"""Collect the measurements on a GPU in Data/reference/*/ into Data/reference/results.json, of the shape of the notebook's own results.json.
+
+    python scripts/collect_reference.py
+
+They come from several runs: of the whole notebook, and of the commands of measure.py. `provenance` names the file, and with it the
+device and the versions, of each figure.
+"""
+
+import json
+from pathlib import Path
+
+REFERENCE = Path(__file__).resolve().parent.parent / "Data" / "reference"
+SOURCES = {  # file: what is taken from it
+    "h100-all-minilm/results.json": ["test", "baselines", "training"],
+    "h200-bert-base-shapes/speed.json": ["efficiency", "ladder"],
+    "h200-all-minilm/ranks-0.0002.json": ["rank_sensitivity", "adapted_modules"],
+    "h200-bert-base-shapes/memory.json": ["ingredients", "growth", "lean_base"],
+    "h200-bert-base-shapes/batches.json": ["largest_batch"],
+    "h200-all-minilm/embeddings.json": ["four_bit_against_16_bit"],
+}
+ORDER = ["test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch"]
+ORDER += ["adapted_modules", "lean_base", "four_bit_against_16_bit"]
+
+
+def collect(reference: Path = REFERENCE) -> dict:
+    """Return the figures of ``SOURCES`` below ``reference``, and where each was measured."""
+    sources, figures = {}, {"recipes": []}
+    for path, names in SOURCES.items():
+        measured = json.loads((reference / path).read_text(encoding="utf-8"))
+        origin = measured.get("provenance", measured)
+        place = {name: origin[name] for name in ("model", "dataset", "device", "versions") if name in origin}
+        sources[path] = {"figures": names, "model": "bert-base shapes, random weights"} | place
+        figures |= {name: measured[name] for name in names}
+    return {"provenance": {"profile": "full", "sources": sources}} | {name: figures[name] for name in ORDER}
+
+
+if __name__ == "__main__":
+    (REFERENCE / "results.json").write_text(json.dumps(collect(), indent=2) + "\n", encoding="utf-8")
