@@ -247,7 +247,7 @@ def memory(config, out: Path) -> None:
         free, total = torch.cuda.mem_get_info()
         results |= {"growth": growth, "outside_the_allocator_mb": (total - free - torch.cuda.memory_reserved()) / 1e6}
         write(out, "memory.json", config, results)
-        figure = notebook.plot_growth(growth, config.max_length, config.per_device_train_batch_size)
+        figure = notebook.plot_growth(growth, config.max_length, notebook.growth_batch(config))
         notebook.save_figure(figure, str(out), "memory_growth.png")
 
 

@@ -1,4 +1,4 @@
-"""Section 2: the mission's defaults, profiles, overrides and their errors."""
+"""Section 2: the defaults, profiles, overrides and their errors."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ MISSION = {
 }
 
 
-def test_the_full_profile_is_the_mission(notebook):
+def test_the_full_profile_is_the_tutorial_s_recipe(notebook):
     config, sources = notebook.resolve_config({}, cuda=True)
     assert config.profile == "full" and {name: getattr(config, name) for name in MISSION} == MISSION
     assert set(sources) == {"profile", "execution"}

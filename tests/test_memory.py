@@ -206,6 +206,17 @@ def test_growth_is_measured_point_by_point(notebook, tiny_config, tokenizer, mon
     assert all(row["samples_per_second"] > 0 and row["peak_mb"] is None for row in rows)
 
 
+def test_the_length_grows_at_a_batch_that_growth_measures_anyway(notebook, tiny_config):
+    sizes = {"growth_batches": [1, 4, 16]}
+    assert notebook.growth_batch(dataclasses.replace(tiny_config, per_device_train_batch_size=32, **sizes)) == 16
+    assert notebook.growth_batch(dataclasses.replace(tiny_config, per_device_train_batch_size=4, **sizes)) == 4
+
+
+def test_without_peaks_the_message_of_growth_is_how_much_longer_the_longest_texts_take(notebook):
+    rows = pd.DataFrame([{"method": "qlora_plain", "batch": 16, "length": length, "peak_mb": None, "samples_per_second": 640 / length} for length in (16, 64)])
+    assert notebook.growth_claim(rows[:0], rows) == "A text of 64 tokens for one of 16: qlora plain takes 4.0 times as long"
+
+
 def test_a_batch_that_does_not_fit_is_a_gap_and_no_error(notebook, tiny_config, tokenizer, monkeypatch):
     def out_of_memory(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -39,7 +39,7 @@ def test_another_rank_keeps_the_scale(notebook, tiny_config):
         assert lora.lora_alpha / lora.r == tiny_config.lora_alpha / tiny_config.lora_r
 
 
-def test_the_mission_s_quantization(notebook):
+def test_the_quantization_is_nf4_with_double_quantization(notebook):
     config, _ = notebook.resolve_config({}, cuda=True)
     settings = notebook.quantization_config(config, ["classifier"])
     assert (settings.load_in_4bit, settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant, settings.bnb_4bit_compute_dtype) == (True, "nf4", True, torch.float16)

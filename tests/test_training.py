@@ -58,7 +58,7 @@ def test_left_to_itself_trainer_would_double_the_loss(notebook, tiny_config, tok
     assert loss == pytest.approx(2 * np.log(2), abs=0.2)
 
 
-def test_the_trainer_gets_the_mission_s_settings(notebook, monkeypatch):
+def test_the_trainer_gets_the_recipe_s_settings(notebook, monkeypatch):
     config, _ = notebook.resolve_config({"QLORA_EXECUTION": "plain"}, cuda=True)
     seen = {}
     monkeypatch.setattr(notebook, "TrainingArguments", lambda **values: seen.update(values) or type("Arguments", (), {"n_gpu": 2, "_n_gpu": 2})())
