@@ -17,9 +17,11 @@ SOURCES = {  # file: what is taken from it
     "h200-bert-base-shapes/memory.json": ["ingredients", "growth", "lean_base"],
     "h200-bert-base-shapes/batches.json": ["largest_batch"],
     "h200-all-minilm/embeddings.json": ["four_bit_against_16_bit"],
+    "h100-all-minilm/recipes.json": ["recipes", "inference"],
+    "cpu-imdb20k/baselines.json": ["recipes"],
 }
 ORDER = ["test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch"]
-ORDER += ["adapted_modules", "lean_base", "four_bit_against_16_bit"]
+ORDER += ["adapted_modules", "lean_base", "four_bit_against_16_bit", "inference"]
 
 
 def collect(reference: Path = REFERENCE) -> dict:
@@ -29,8 +31,11 @@ def collect(reference: Path = REFERENCE) -> dict:
         measured = json.loads((reference / path).read_text(encoding="utf-8"))
         origin = measured.get("provenance", measured)
         place = {name: origin[name] for name in ("model", "dataset", "device", "versions") if name in origin}
-        sources[path] = {"figures": names, "model": "bert-base shapes, random weights"} | place
-        figures |= {name: measured[name] for name in names}
+        sources[path] = {"figures": names, "model": None if "baselines" in path else "bert-base shapes, random weights"} | place
+        figures |= {name: measured[name] for name in names if name != "recipes"}
+        for row in measured["recipes"] if "recipes" in names else []:
+            chosen = row["recipe"] == measured.get("full_finetuning")
+            figures["recipes"].append(row | ({"recipe": "full_finetuning"} if chosen else {}))
     return {"provenance": {"profile": "full", "sources": sources}} | {name: figures[name] for name in ORDER}
 
 

@@ -1,4 +1,4 @@
-"""Measure the notebook's training on one CUDA GPU: speed, memory, accuracy.
+"""Measure the notebook's training on CUDA GPUs: speed, memory, accuracy; and the bags of words, on a CPU.
 
     python scripts/measure.py speed                        methods, ladder and arithmetic floor, bert-base shapes
     python scripts/measure.py memory                       what each ingredient saves, and growth, bert-base shapes
@@ -6,16 +6,21 @@
     python scripts/measure.py accuracy --seeds 1 2 3       the full recipe, trained and tested once for each seed
     python scripts/measure.py embeddings --seeds 1 2 3     lean execution with 16-bit and with 4-bit word embeddings, the full recipe
     python scripts/measure.py ranks --seeds 1 2 3          LoRA ranks and adapted modules, section 11 of the notebook
+    python scripts/measure.py recipes --seeds 1 2 3        the road from the mission's recipe to the recommended one, and its rivals
+    python scripts/measure.py baselines                    the bags of words, on both layouts of the data set; needs no GPU
+    python scripts/measure.py search --seeds 1             the variants that the recommended recipe was chosen from, on the validation split
 
 Settings come from the environment as in the notebook (QLORA_MODEL_NAME, QLORA_DATASET_NAME, QLORA_EXECUTION, ...); "ranks"
 trains on the whole training split, as long as the recipe itself unless a setting says otherwise.
 "speed", "memory" and "batches" take only the tokenizer and the reviews from there: the model is bert-base by shape, with random
-weights, because memory and speed do not depend on their values. The others train several models at a time (--workers).
+weights, because memory and speed do not depend on their values. The others train several models at a time (--workers; "recipes"
+and "search" on each GPU).
 Results are written as JSON, one file a run.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
@@ -24,7 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked later
@@ -34,6 +39,7 @@ import numpy as np
 import torch
 import transformers
 from import_notebook import import_definitions
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -100,9 +106,8 @@ def measure_compiled(config, head_modules: list[str], tokenizer, train) -> dict:
 def load_data(config) -> tuple:
     """Return the tokenizer, the splits as text and as tokens: one split, by the seed of ``config``, for all trainings."""
     tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
-    reviews, _ = notebook.clean_reviews(notebook.load_reviews(config.dataset_name))
-    splits = notebook.split_reviews(reviews, config.validation_share, config.test_share, config.seed)
-    return tokenizer, splits, notebook.tokenize_reviews(splits, tokenizer, config.max_length)
+    splits, _ = notebook.prepare_splits(config)
+    return tokenizer, splits, notebook.tokenize_reviews(splits, tokenizer, config.max_length, config.tail_share)
 
 
 def write(out: Path, name: str, config, results: dict) -> None:
@@ -320,7 +325,7 @@ def train_and_score(config, seed: int) -> dict:
     kept = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=run.execution == "plain")
     right, scores = {}, {}
     for name in ("validation", "test"):
-        predictions = notebook.predict_logits(kept, tokenizer, list(splits[name]["text"]), run.max_length).argmax(-1)
+        predictions = notebook.predict_logits(kept, tokenizer, list(splits[name]["text"]), run.max_length, run.tail_share).argmax(-1)
         right[name] = predictions == np.array(splits[name]["label"])
         scores[name] = notebook.score(splits[name]["label"], predictions, seed)
     record = {"seed": seed, "seconds": seconds, "peak_mb": peak, "epochs": trainer.state.epoch}
@@ -400,20 +405,357 @@ def ranks(config, seeds: list[int], workers: int, out: Path) -> None:
         notebook.save_figure(figure, str(out), f"lora_rank_sensitivity-{name}.png")
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train: what it changes of ``Config``, and whether it is full fine-tuning; ``loraplus`` multiplies the learning rate of LoRA's B."""
+
+    name: str
+    changes: dict
+    full: bool = False
+    loraplus: float | None = None
+
+
+def road() -> list[Variant]:
+    """Return the recipes from ``mission`` to ``recommended``, one change a step."""
+    steps = {
+        "mission": {},
+        "learning rate 1e-3": {"learning_rate": 1e-3},
+        "half of the tokens from the end": {"tail_share": 0.5},
+        "adapters on all linear layers": {"target_modules": ["all-linear"]},
+        "pooler trained": {"train_pooler": True},
+        "recommended": {"num_train_epochs": 5.0},
+    }
+    variants, changes = [], {}
+    for name, change in steps.items():
+        changes = changes | change
+        variants.append(Variant(name, changes))
+    return variants
+
+
+def rivals() -> list[Variant]:
+    """Return full fine-tuning at two learning rates, of which the validation split chooses."""
+    changes = {"tail_share": 0.5, "num_train_epochs": 5.0}
+    return [Variant(f"full_finetuning {rate:g}", changes | {"learning_rate": rate}, full=True) for rate in (5e-5, 3e-5)]
+
+
+def all_variants() -> list[Variant]:
+    """Return what ``recipes`` trains, the most wanted first: the road and its rivals, the published layout, 512 tokens, and single changes of the recommended recipe."""
+    first, *steps, recommended = road()
+    full, full_slower = rivals()
+
+    def also(change: dict, name: str, *variants: Variant) -> list[Variant]:
+        return [dataclasses.replace(each, name=f"{each.name}, {name}", changes=each.changes | change) for each in variants]
+
+    return [
+        *(recommended, full, full_slower, first),
+        *steps,
+        *also({"layout": "published"}, "published splits", recommended, full, first),
+        *also({"learning_rate": 5e-4}, "learning rate 5e-4", recommended),
+        *also({"max_length": 512}, "512 tokens", recommended, full, first),
+        *also({"use_rslora": True, "learning_rate": 3e-4}, "rank-stabilised", recommended),
+        *also({"lora_r": 4, "lora_alpha": 8}, "rank 4", recommended),
+        *also({"lr_scheduler_type": "linear"}, "linear schedule", recommended),
+    ]
+
+
+def searched() -> list[Variant]:
+    """Return the variants that the recommended recipe was chosen from, and those of full fine-tuning."""
+    mission, *_, pooler, recommended = (each.changes for each in road())
+    half = pooler | {"learning_rate": 5e-4}
+    variants = [Variant(f"query, value, {rate:g}, tail {tail:g}", {"learning_rate": rate, "tail_share": tail}) for rate, tail in ((2e-4, 0), (1e-3, 0), (1e-3, 0.5))]
+    variants += [Variant("query, value, 1e-3, tail 0.5, pooler", mission | {"learning_rate": 1e-3, "tail_share": 0.5, "train_pooler": True})]
+    variants += [Variant(f"all linear, no pooler, {rate:g}", pooler | {"train_pooler": False, "learning_rate": rate}) for rate in (5e-4, 1e-3)]
+    variants += [Variant(f"all linear, pooler, {rate:g}", pooler | {"learning_rate": rate}) for rate in (3e-4, 5e-4, 1e-3, 2e-3)]
+    variants += [Variant(f"1e-3, tail {tail:g}", pooler | {"tail_share": tail}) for tail in (0.25, 0.75, 1)]
+    single = {f"dropout {share:g}": {"lora_dropout": share} for share in (0, 0.05, 0.2)}
+    single |= {f"rank {rank}": {"lora_r": rank, "lora_alpha": 2 * rank} for rank in (8, 32, 64)}
+    single |= {"rank-stabilised": {"use_rslora": True}, "rank-stabilised, rank 64": {"use_rslora": True, "lora_r": 64}}
+    single |= {"weight decay 0.1": {"weight_decay": 0.1}}
+    single |= {schedule: {"lr_scheduler_type": schedule} for schedule in ("linear", "constant_with_warmup")}
+    variants += [Variant(f"5e-4, {name}", half | change) for name, change in single.items()]
+    variants += [Variant("1e-3, steps of 64", pooler | {"per_device_train_batch_size": 32})]
+    variants += [Variant(f"LoRA+ {ratio}, 2e-4", half | {"learning_rate": 2e-4}, loraplus=ratio) for ratio in (4, 16)]
+    single = {f"{rate:g}": {"learning_rate": rate} for rate in (3e-4, 5e-4, 7e-4, 1e-3, 1.4e-3)}
+    single |= {"dropout 0": {"lora_dropout": 0.0}, "weight decay 0.1": {"weight_decay": 0.1}, "linear": {"lr_scheduler_type": "linear"}}
+    single |= {"steps of 64": {"per_device_train_batch_size": 32}, "tail 0.25": {"tail_share": 0.25}}
+    single |= {f"rank {rank}, {rate:g}": {"lora_r": rank, "lora_alpha": 2 * rank, "learning_rate": rate} for rank, rate in ((4, 1e-3), (8, 7e-4), (64, 5e-4), (64, 1e-3))}
+    variants += [Variant(f"5 epochs, {name}", recommended | change) for name, change in single.items()]
+    full = {"tail_share": 0.5, "num_train_epochs": 3.0}
+    variants += [Variant(f"full fine-tuning, {rate:g}", full | {"learning_rate": rate}, full=True) for rate in (5e-5, 1e-4, 2e-4)]
+    return variants + [Variant(f"full fine-tuning, 5 epochs, {rate:g}", full | {"learning_rate": rate, "num_train_epochs": 5.0}, full=True) for rate in (3e-5, 5e-5, 1e-4)]
+
+
+def variant_config(config, variant: Variant, seed: int, optim: str = "adamw_8bit"):
+    """Return ``config`` as ``variant`` trains it: fast, with ``optim`` for adapters, and fused AdamW for full fine-tuning."""
+    optim = "adamw_torch_fused" if variant.full else optim
+    changes = {"execution": "fast", "optim": optim, "seed": seed} | variant.changes
+    return notebook.carried_out(dataclasses.replace(config, **changes))
+
+
+def start_variants(folder: str, counter, gpus: int) -> None:
+    """Let this worker use one of ``gpus`` GPUs, in turn, and load uncut tokens from ``folder``."""
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)
+    quiet()
+    global uncut
+    uncut = {path.name: datasets.load_from_disk(str(path)) for path in Path(folder).iterdir()}
+
+
+@functools.cache
+def cut_tokens(layout: str, max_length: int, tail_share: float) -> datasets.DatasetDict:
+    """Return the tokens of ``layout``, cut by ``cut_middle``."""
+    return uncut[layout].map(
+        lambda batch: {name: [notebook.cut_middle(row, max_length, tail_share) for row in batch[name]] for name in batch if name != "label"},
+        batched=True,
+        keep_in_memory=True,
+    )
+
+
+def train_variant(config, variant: Variant, seed: int, tested: bool) -> dict:
+    """Train ``variant`` with ``seed``, with an 8-bit optimizer if it is to be ``tested``, and the faster fused AdamW if not.
+
+    Returns:
+        ``variant``, ``seed``, ``seconds``, ``validation`` (the accuracy of the best epoch), ``epochs`` (of each), ``recorded``, and the
+        logits of the splits that were predicted: of validation and test if ``tested``.
+    """
+    run = variant_config(config, variant, seed, "adamw_8bit" if tested else "adamw_torch_fused")
+    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(run.model_name))
+    architecture, _ = notebook.inspect_model(run.model_name)
+    head = notebook.trained_whole(architecture, run.train_pooler)
+    tokens = cut_tokens(run.layout, run.max_length, run.tail_share)
+    notebook.release_memory()
+    start = time.perf_counter()
+    model = notebook.load_classifier(run.model_name, seed) if variant.full else notebook.build_qlora(run, head)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = notebook.training_arguments(run, folder, disable_tqdm=True, save_only_model=True, logging_strategy="no")
+        stop = notebook.EarlyStoppingCallback(early_stopping_patience=run.early_stopping_patience)
+        trainer = notebook.make_trainer(model, arguments, tokenizer, tokens["train"], tokens["validation"], callbacks=[stop], execution="fast")
+        if variant.full:  # its weights are 32-bit: products in fp16 need autocast, without its cache, which a recording cannot keep
+            trainer.accelerator.autocast_handler = notebook.AutocastKwargs(cache_enabled=False)
+        if variant.loraplus:
+            kind, options = notebook.Trainer.get_optimizer_cls_and_kwargs(arguments)
+            trainer.optimizer = create_loraplus_optimizer(
+                model, kind, loraplus_lr_ratio=variant.loraplus, loraplus_weight_decay=run.weight_decay, **options
+            )
+        trainer.train()
+    seconds = time.perf_counter() - start
+    kept = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    logits = {}
+    for name in ("validation", "test") if tested else ():
+        encoded = {key: list(tokens[name][key]) for key in tokens[name].column_names if key != "label"}
+        with torch.autocast("cuda", torch.float16, enabled=variant.full and torch.cuda.is_available()):
+            logits[name] = notebook.predict_encoded(kept, tokenizer, encoded)
+    epochs = [line["eval_accuracy"] for line in trainer.state.log_history if "eval_accuracy" in line]
+    row = {"variant": variant, "seed": seed, "seconds": seconds, "validation": max(epochs), "epochs": epochs, "recorded": trainer.records}
+    print(variant.name, {name: value for name, value in row.items() if name != "variant"}, flush=True)
+    return row | {"logits": logits}
+
+
+def trained_variants(config, variants: list[Variant], seeds: list[int], workers: int, tested: bool) -> Iterator[dict]:
+    """Yield ``train_variant`` of each variant for each seed, as they are done: all seeds of the first variant first, ``workers`` at a time on each GPU."""
+    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in {each.changes.get("layout", config.layout) for each in variants}:
+            splits, _ = notebook.prepare_splits(dataclasses.replace(config, layout=layout))
+            notebook.tokenize_reviews(splits, tokenizer, max_length=10**6).save_to_disk(f"{folder}/{layout}")
+        processes = multiprocessing.get_context("spawn")
+        gpus = max(1, torch.cuda.device_count())
+        arguments = folder, processes.Value("i", 0), gpus
+        with ProcessPoolExecutor(workers * gpus, processes, start_variants, arguments) as pool:
+            jobs = [pool.submit(train_variant, config, variant, seed, tested) for variant in variants for seed in seeds]
+            for job in as_completed(jobs):
+                yield job.result()
+
+
+def search(config, seeds: list[int], workers: int, out: Path) -> None:
+    """Train every variant of ``searched`` and write their validation accuracies to ``search.json``, anew after each."""
+    done = []
+    for run in trained_variants(config, searched(), seeds, workers, tested=False):
+        done.append({"variant": run["variant"].name} | {name: run[name] for name in ("seed", "validation", "epochs")})
+        optimizer = {"optimizer_of_adapters": "adamw_torch_fused"}
+        write(out, "search.json", config, recipe_settings(config) | optimizer | {"runs": sorted(done, key=lambda row: -row["validation"])})
+
+
+def recipe_settings(config) -> dict:
+    """Return what all variants share."""
+    return {"model": Path(config.model_name).name, "execution": "fast"}
+
+
+def label_of(config, layout: str) -> dict[str, np.ndarray]:
+    """Return the labels of the splits of ``layout``."""
+    splits, _ = notebook.prepare_splits(dataclasses.replace(config, layout=layout))
+    return {name: np.array(split["label"]) for name, split in splits.items()}
+
+
+def summarize_recipe(runs: list[dict], labels: dict[str, dict], config) -> dict:
+    """Return one row of ``recipes``: settings, accuracies of validation and test over seeds, and weighted F1."""
+    runs = sorted(runs, key=lambda run: run["seed"])
+    variant = runs[0]["variant"]
+    labels = labels[variant.changes.get("layout", config.layout)]
+    predictions = {name: np.stack([run["logits"][name].argmax(-1) for run in runs]) for name in ("validation", "test")}
+    right = {name: predictions[name] == labels[name] for name in predictions}
+    accuracy, interval = notebook.mean_over_seeds(right["test"])
+    validation, validation_interval = notebook.mean_over_seeds(right["validation"])
+    used = variant_config(config, variant, runs[0]["seed"])
+    names = ["layout", "max_length", "tail_share", "learning_rate", "num_train_epochs", "optim"]
+    names += [] if variant.full else ["lora_r", "target_modules", "train_pooler"]
+    return {
+        "recipe": variant.name,
+        "seeds": [run["seed"] for run in runs],
+        "accuracy": accuracy,
+        "accuracy_ci95": interval,
+        "accuracies": [float(each) for each in right["test"].mean(axis=1)],
+        "f1_weighted": float(np.mean([notebook.weighted_f1(labels["test"], each) for each in predictions["test"]])),
+        "validation_accuracy": validation,
+        "validation_accuracy_ci95": validation_interval,
+        "seconds": [run["seconds"] for run in runs],
+        "settings": {name: getattr(used, name) for name in names},
+    }
+
+
+def compare(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict:
+    """Return by how many points the predictions ``first``, shape ``(seeds, reviews)``, are more accurate than ``second``, with the interval over seeds and
+    reviews, and McNemar's test for each seed. ``second`` may be one seed's, for all."""
+    second = np.broadcast_to(second, first.shape)
+    gain, interval = notebook.mean_over_seeds(100.0 * (first == labels) - 100.0 * (second == labels))
+    return {"gain": gain, "gain_ci95": interval, "mcnemar": [notebook.mcnemar(labels, *pair) for pair in zip(first, second)]}
+
+
+def baseline_rows(config, layout: str) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Return the rows of ``recipes`` of the bags of words, fitted here, and their margins by name and split: shape ``(n,)``, above 0 for positive."""
+    splits, _ = notebook.prepare_splits(dataclasses.replace(config, layout=layout))
+    rows, margins = [], {}
+    models, seconds = notebook.fit_baselines(splits["train"], config.seed)
+    for name, model in models.items():
+        row = {"recipe": name + (", published splits" if layout == "published" else ""), "seeds": [config.seed]}
+        for split, prefix in (("test", ""), ("validation", "validation_")):
+            margins[f"{name}/{split}"] = model.decision_function(splits[split]["text"])
+            scores = notebook.score(splits[split]["label"], (margins[f"{name}/{split}"] > 0).astype(int), config.seed)
+            row |= {prefix + key: scores[key] for key in ("accuracy", "accuracy_ci95", "f1_weighted")}
+        rows.append(row | {"seconds": [seconds[name]], "settings": {"layout": layout}})
+    return rows, margins
+
+
+def baselines(config, out: Path) -> None:
+    """Fit and test the bags of words on both layouts of the data set, and write ``baselines.json``."""
+    rows = [row for layout in ("pooled", "published") for row in baseline_rows(config, layout)[0]]
+    print(*rows, sep="\n", flush=True)
+    write(out, "baselines.json", config, {"recipes": rows})
+
+
+def chosen_full(done: dict[str, list[dict]]) -> str:
+    """Return the name of the full fine-tuning with the best mean accuracy on the validation split."""
+    names = [each.name for each in rivals() if each.name in done]
+    return max(names, key=lambda name: np.mean([run["validation"] for run in done[name]]))
+
+
+def analyse(done: dict[str, list[dict]], margins: dict[str, np.ndarray], labels: dict[str, np.ndarray], token_counts: np.ndarray) -> dict:
+    """Look closer at the recommended recipe on the test split: paired comparisons, calibration, accuracy by length, and the ensemble with the bag of words.
+
+    Args:
+        done: finished runs by variant, each with the same seeds; holds the road and its rivals.
+        margins: of the bags of words, by name and split.
+        labels: of validation and test.
+        token_counts: tokens of the uncut texts of the test split.
+    """
+    test, recommended = labels["test"], [run["logits"] for run in sorted(done["recommended"], key=lambda run: run["seed"])]
+    predictions = {name: np.stack([run["logits"]["test"].argmax(-1) for run in sorted(runs, key=lambda run: run["seed"])]) for name, runs in done.items()}
+    bags = ["tfidf_logreg", "tfidf_nb_svm"]
+    predictions |= {name: (margins[f"{name}/test"] > 0)[None].astype(int) for name in bags}
+    names, full = [each.name for each in road()], chosen_full(done)
+    pairs = [*zip(names[1:], names), *(("recommended", name) for name in ("mission", full, *bags))]
+    together = []
+    for logits in recommended:
+        stack = notebook.fit_ensemble(labels["validation"], logits["validation"], margins["tfidf_nb_svm/validation"])
+        together.append(stack.predict(notebook.score_pairs(logits["test"], margins["tfidf_nb_svm/test"])))
+    together = np.stack(together)
+    accuracy, interval = notebook.mean_over_seeds(together == test)
+    calibrations = [notebook.calibration(test, logits["test"]) for logits in recommended]
+    pooled = notebook.calibration(np.tile(test, len(recommended)), np.concatenate([logits["test"] for logits in recommended]))
+    lengths = {name: notebook.accuracy_by_length(predictions[name] == test, token_counts, [128, 256, 512]) for name in ("recommended", full, "tfidf_nb_svm")}
+    return {
+        "full_finetuning": full,
+        "comparisons": [{"recipe": first, "against": second} | compare(predictions[first], predictions[second], test) for first, second in pairs],
+        "calibration": {"ece": float(np.mean([each["ece"] for each in calibrations])), "ece_seeds": [each["ece"] for each in calibrations], "bins": pooled["bins"]},
+        "accuracy_by_length": lengths,
+        "ensemble": {"accuracy": accuracy, "accuracy_ci95": interval}
+        | {f"against {name}": compare(together, predictions[name], test) for name in ("recommended", "tfidf_nb_svm")},
+    }
+
+
+def inference(config, reviews: int = 1000) -> list[dict]:
+    """Return reviews per second of the recommended adapters, untrained, as they are and merged: speed does not depend on their values."""
+    run = variant_config(config, road()[-1], 0)
+    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(run.model_name))
+    architecture, _ = notebook.inspect_model(run.model_name)
+    head = notebook.trained_whole(architecture, run.train_pooler)
+    splits, _ = notebook.prepare_splits(run)
+    encoded = notebook.encode(list(splits["test"]["text"][:reviews]), tokenizer, run.max_length, run.tail_share)
+    rows = []
+
+    def measure(name, model, **changes):
+        speed = notebook.inference_speed(model, tokenizer, encoded, **changes)
+        rows.append({"model": name, "device": str(model.device.type), "samples_per_second": speed})
+        print(rows[-1], flush=True)
+
+    model = notebook.build_qlora(run, head)
+    measure("adapter on 4-bit", model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        merged = notebook.PeftModel.from_pretrained(notebook.load_classifier(run.model_name, 0), folder).merge_and_unload()
+    measure("merged, fp16", merged.half())
+    measure("merged, fp32", merged.float())
+    measure("merged, fp32", merged.to("cpu"))
+    return rows
+
+
+def recipes(config, seeds: list[int], workers: int, out: Path) -> None:
+    """Train every variant of ``all_variants`` for each seed, test it, and write ``recipes.json`` and the logits, ``recipes-logits.npz``, anew after each
+    variant."""
+    speeds = inference(config)
+    notebook.release_memory()
+    labels = {layout: label_of(config, layout) for layout in ("pooled", "published")}
+    tokenizer, splits, _ = load_data(config)
+    token_counts = notebook.count_tokens(list(splits["test"]["text"]), tokenizer)
+    done: dict[str, list[dict]] = {}
+    wanted = {each.name for each in (*road(), *rivals())}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
+        bags = [beside.submit(baseline_rows, config, layout) for layout in labels]
+        for run in trained_variants(config, all_variants(), seeds, workers, tested=True):
+            runs = done.setdefault(run["variant"].name, [])
+            runs.append(run)
+            if len(runs) < len(seeds):
+                continue
+            whole = {name: each for name, each in done.items() if len(each) == len(seeds)}
+            rows = [summarize_recipe(each, labels, config) for each in whole.values()]
+            results = recipe_settings(config) | {"workers": workers, "full_finetuning": None, "recipes": rows, "inference": speeds}
+            if wanted <= set(whole):
+                results |= analyse(whole, bags[0].result()[1], labels["pooled"], token_counts)
+            write(out, "recipes.json", config, results)
+            arrays = {f"{layout}/{name}": values for layout, bag in zip(labels, bags) for name, values in bag.result()[1].items()}
+            arrays |= {f"{name}/{each['seed']}/{split}": each["logits"][split] for name, runs in done.items() for each in runs for split in each["logits"]}
+            np.savez_compressed(out / "recipes-logits.npz", **arrays)
+
+
 if __name__ == "__main__":
     commands = {"speed": speed, "memory": memory, "batches": batches, "accuracy": accuracy, "embeddings": embeddings, "ranks": ranks}
+    commands |= {"baselines": baselines, "recipes": recipes, "search": search}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, default=Path("outputs") / "measured", help="folder for the results")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if arguments.what != "baselines" and not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed, and PyTorch finds none here.")
     quiet()
     config, _ = notebook.resolve_config(DEFAULTS | dict(os.environ), cuda=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.what in ("speed", "memory", "batches"):
+    if arguments.what in ("speed", "memory", "batches", "baselines"):
         commands[arguments.what](config, arguments.out)
     else:
         commands[arguments.what](config, arguments.seeds, arguments.workers, arguments.out)

@@ -5,7 +5,10 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import scipy
 from datasets import ClassLabel, Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def write_csv(folder, **columns):
@@ -21,7 +24,7 @@ def write_csv(folder, **columns):
 def test_both_namings_and_all_label_forms_are_read(notebook, tmp_path, text_name, label_name, labels):
     folder = write_csv(tmp_path, **{text_name: ["good", "bad"], label_name: labels, "other": [1, 2]})
     cleaned, _ = notebook.clean_reviews(notebook.load_reviews(folder))
-    assert cleaned.to_dict("list") == {"text": ["good", "bad"], "label": [1, 0]}
+    assert cleaned.to_dict("list") == {"text": ["good", "bad"], "label": [1, 0], "split": ["train", "train"]}
 
 
 def test_all_splits_of_a_parquet_folder_are_pooled(notebook, tmp_path):
@@ -97,7 +100,7 @@ def test_splits_have_the_asked_sizes_and_strata_and_share_no_text(notebook, sent
 def test_the_seed_decides_the_split_and_a_smaller_train_changes_nothing_else(notebook, sentences):
     first, again, other = (notebook.split_reviews(sentences, 0.1, 0.1, seed=seed) for seed in (1, 1, 2))
     assert first["test"]["text"] == again["test"]["text"] != other["test"]["text"]
-    small = notebook.split_reviews(sentences, 0.1, 0.1, seed=1, max_train_samples=500)
+    small = notebook.sample_train(first, 500, seed=1)
     assert len(small["train"]) == 500 and small["test"]["text"] == first["test"]["text"] and set(small["train"]["text"]) <= set(first["train"]["text"])
 
 
@@ -117,7 +120,7 @@ def test_a_tiny_training_share_is_refused_too(notebook):
 @pytest.mark.parametrize("wanted", [2, 7, 150, 158, 159, 160, 999])
 def test_any_number_of_training_rows_can_be_asked_for(notebook, wanted):
     reviews = pd.DataFrame({"text": [str(row) for row in range(200)], "label": [0, 1] * 100})
-    train = notebook.split_reviews(reviews, 0.1, 0.1, seed=42, max_train_samples=wanted)["train"]
+    train = notebook.sample_train(notebook.split_reviews(reviews, 0.1, 0.1, seed=42), wanted, seed=42)["train"]
     assert min(wanted, 160) - 1 <= len(train) <= min(wanted, 160) and abs(np.mean(train["label"]) - 0.5) <= 1 / len(train)
 
 
@@ -171,7 +174,58 @@ def test_metrics_equal_scikit_learns_and_the_interval_holds_them(notebook):
     assert notebook.score(labels, predictions, seed=1) == scores
 
 
-def test_the_baseline_learns_from_words(notebook, sentences):
-    splits = notebook.split_reviews(sentences, 0.1, 0.1, seed=42, max_train_samples=2000)
-    baseline = notebook.fit_tfidf_baseline(splits["train"], seed=42)
+def write_splits(folder, **splits):
+    """Write the texts of each split, of alternating labels, as the Hub's data set has them."""
+    for name, texts in splits.items():
+        labels = [row % 2 for row in range(len(texts))]
+        Dataset.from_dict({"review": texts, "sentiment": labels}).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_the_published_splits_are_kept_and_the_test_split_loses_nothing(notebook, tmp_path):
+    folder = write_splits(tmp_path, train=["a", "b", "c", "d", "again", "e"], validation=["f", "g", "h", "i"], test=["again", "j", "k", "l"])
+    config = notebook.resolve_config({"QLORA_DATASET_NAME": folder, "QLORA_LAYOUT": "published"}, cuda=False)[0]
+    splits, counts = notebook.prepare_splits(config)
+    assert {name: list(split["text"]) for name, split in splits.items()} == {"train": ["a", "b", "c", "d", "e"], "validation": ["f", "g", "h", "i"], "test": ["again", "j", "k", "l"]}
+    assert counts["repeated, dropped"] == 1 and splits["test"].features == splits["train"].features
+
+
+@pytest.mark.parametrize("splits", [{"train": ["a", "b"], "test": ["c", "d"]}, {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}])
+def test_a_layout_that_was_not_published_is_refused(notebook, tmp_path, splits):
+    config = notebook.resolve_config({"QLORA_DATASET_NAME": write_splits(tmp_path, **splits), "QLORA_LAYOUT": "published"}, cuda=False)[0]
+    with pytest.raises(ValueError, match="train, validation, test.*Found: .*QLORA_LAYOUT=pooled"):
+        notebook.prepare_splits(config)
+
+
+@given(length=st.integers(2, 600), max_length=st.integers(3, 300), tail_share=st.floats(0, 1))
+def test_the_middle_is_cut_and_both_ends_stay(notebook, length, max_length, tail_share):
+    row = list(range(length))
+    kept = notebook.cut_middle(row, max_length, tail_share)
+    assert len(kept) == min(length, max_length) and kept[0] == 0 and kept[-1] == length - 1
+    gaps = [(left, right) for left, right in zip(kept, kept[1:]) if right != left + 1]
+    assert len(gaps) == (length > max_length)  # one hole, and only where it is too long
+    for left, _ in gaps:
+        tail = max_length - 1 - left  # the tokens behind the hole, [SEP] among them
+        assert tail - 1 == pytest.approx(tail_share * (max_length - 2), abs=0.5)
+
+
+def test_without_a_tail_a_text_is_cut_as_the_tokenizer_cuts_it(notebook, offline_model):
+    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
+    texts = ["word " * 50, "short", ""]
+    assert notebook.encode(texts, tokenizer, 20) == dict(tokenizer(texts, truncation=True, max_length=20))
+
+
+@pytest.mark.parametrize("fit", ["fit_tfidf_baseline", "fit_tfidf_nb_baseline"])
+def test_the_baselines_learn_from_words(notebook, sentences, fit):
+    splits = notebook.sample_train(notebook.split_reviews(sentences, 0.1, 0.1, seed=42), 2000, seed=42)
+    baseline = getattr(notebook, fit)(splits["train"], seed=42)
     assert 0.68 < baseline.score(splits["test"]["text"], splits["test"]["label"]) < 0.80
+
+
+def test_the_log_count_ratio_is_that_of_wang_and_manning(notebook):
+    """Shares of 3/5 and 1/5 of the first word, and so on, worked out by hand, with one added to every count."""
+    counts = scipy.sparse.csr_matrix([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    weighed = notebook.LogCountRatio(alpha=1.0).fit(counts, [1, 0, 0])
+    expected = np.log([(3 / 5) / (1 / 6), (1 / 5) / (3 / 6), (1 / 5) / (2 / 6)])
+    assert weighed.ratio_ == pytest.approx(expected)
+    assert weighed.transform(counts).toarray() == pytest.approx(counts.toarray() * expected)

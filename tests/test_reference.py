@@ -3,6 +3,7 @@
 import json
 import re
 
+import measure
 import nbformat
 import pytest
 from collect_reference import collect
@@ -227,3 +228,67 @@ def test_the_texts_tell_the_accuracies_of_the_reference(accuracies, notebook_tex
             assert ", ".join(f"{run['accuracy'] * 100:.1f}" for run in runs["runs"]) + " %" in text
             seconds = [run["seconds"] for run in runs["runs"]]
             assert f"{min(seconds):.0f} to {max(seconds):.0f} s" in text
+
+
+# Recipes
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """Every recipe that was tested, by name."""
+    return {row["recipe"]: row for row in read("results.json")["recipes"]}
+
+
+def test_the_tables_of_recipes_are_the_reference(recipes, notebook_text):
+    names = {"mission": ["mission", "QLoRA, the mission's recipe (the default)"], "learning rate 1e-3": ["+ learning rate 1e-3", "QLoRA, + learning rate 1e-3"]}
+    names |= {"full_finetuning": ["full fine-tuning at 5e-5, the rate that the validation split preferred", "full fine-tuning, searched likewise"]}
+    names |= {name: 2 * [f"bag of words, `{name}`"] for name in ("tfidf_logreg", "tfidf_nb_svm")}
+    for name, labels in names.items():
+        row = recipes[name]
+        for label, text in zip(labels, (notebook_text, README)):
+            assert f"| {label} | {row['accuracy'] * 100:.1f} {points([100 * bound for bound in row['accuracy_ci95']])} |" in text, label
+        assert len(row["seeds"]) == (1 if "tfidf" in name else 3)
+    assert "recommended" not in recipes and "| recommended | not measured yet |" in notebook_text  # when it is measured, say so
+
+
+def test_full_fine_tuning_is_that_of_the_validation_split(recipes):
+    measured = read("h100-all-minilm/recipes.json")
+    rates = {row["recipe"]: row["validation_accuracy"] for row in measured["recipes"] if row["recipe"].startswith("full")}
+    assert len(rates) == 2 and measured["full_finetuning"] == max(rates, key=rates.get)
+    for name, accuracy in {"full fine-tuning to": recipes["full_finetuning"], "bag of words to": recipes["tfidf_nb_svm"], "recipe to": recipes["mission"]}.items():
+        assert f"{name} {accuracy['validation_accuracy'] * 100:.1f} %" in README
+
+
+def test_the_road_is_that_of_the_search(notebook, notebook_text):
+    runs = {(run["variant"], run["seed"]): run["validation"] for run in read("h100-all-minilm/search.json")["runs"]}
+    assert {name for name, _ in runs} == {variant.name for variant in measure.searched()}
+
+    def accuracy(variant: measure.Variant) -> float:
+        (same,) = [each.name for each in measure.searched() if measure.variant_config(notebook.Config(), each, 1) == measure.variant_config(notebook.Config(), variant, 1) and not each.full and not each.loraplus]
+        return runs[same, 1]
+
+    rows = ["mission: query and value, 2e-4, first 256 tokens, 3 epochs", "+ learning rate 1e-3", "+ half of the tokens from the end of the review", "+ adapters on all linear layers", "+ pooler trained", "+ 5 epochs: the recommended recipe"]
+    for label, variant in zip(rows, measure.road(), strict=True):
+        assert f"| {label} | {100 * accuracy(variant):.1f} |" in notebook_text
+    assert accuracy(measure.road()[-1]) == max(value for (name, _), value in runs.items() if not name.startswith("full"))  # chosen on the validation split
+    full = [f"{100 * runs['full fine-tuning, 5 epochs, 5e-05', seed]:.1f}" for seed in (1, 2)]
+    assert f"seeds 1 and 2 | {', '.join(full)} |" in notebook_text
+
+
+def test_what_bought_nothing_is_told_with_its_figures(notebook_text):
+    runs = {run["variant"]: f"{100 * run['validation']:.1f}" for run in read("h100-all-minilm/search.json")["runs"] if run["seed"] == 1}
+    text = " ".join(notebook_text.split())
+    assert f"(three epochs at 5e-4 with all of the above: {runs['all linear, pooler, 0.0005']})" in text
+    assert f"Rank-stabilised scaling {runs['5e-4, rank-stabilised']}, LoRA+ with a ratio of 4 or 16 at 2e-4 {runs['LoRA+ 4, 2e-4']} and {runs['LoRA+ 16, 2e-4']}" in text
+    assert "rank 8, 32 and 64 {}, {} and {}".format(*(runs[f"5e-4, rank {rank}"] for rank in (8, 32, 64))) in text
+    assert "dropout of 0, 0.05 and 0.2 {}, {} and {}".format(*(runs[f"5e-4, dropout {share}"] for share in (0, 0.05, 0.2))) in text
+    assert f"a weight decay of 0.1 {runs['5e-4, weight decay 0.1']}, a linear schedule {runs['5e-4, linear']}, a constant one {runs['5e-4, constant_with_warmup']}. At 2e-3 training falls apart: {runs['all linear, pooler, 0.002']}" in text
+    assert "a share of 0.25, 0.75 or 1 was worse than 0.5 ({}, {} and {} beside {})".format(*(runs[name] for name in ("1e-3, tail 0.25", "1e-3, tail 0.75", "1e-3, tail 1", "all linear, pooler, 0.001"))) in text
+    assert f"a rank of 4 at 1e-3 for five epochs, one seed, came to {runs['5 epochs, rank 4, 0.001']} %" in text
+
+
+def test_the_speed_of_inference_is_the_reference_s(notebook_text):
+    speeds = {(row["model"], row["device"]): row["samples_per_second"] for row in read("results.json")["inference"]}
+    words = "{:,.0f} reviews/s with the recommended recipe's adapters on 4-bit weights, {:,.0f} merged in fp16, {:,.0f} merged in fp32, and {:,.0f} merged in fp32 on two threads"
+    order = [("adapter on 4-bit", "cuda"), ("merged, fp16", "cuda"), ("merged, fp32", "cuda"), ("merged, fp32", "cpu")]
+    assert words.format(*(speeds[each] for each in order)) in " ".join(notebook_text.split())

@@ -13,7 +13,7 @@ from conftest import NOTEBOOK, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-PLOTS = ["confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "lora_rank_sensitivity.png", "memory_growth.png", "nf4_quantization.png", "training_curves.png"]
+PLOTS = ["calibration.png", "confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "lora_rank_sensitivity.png", "memory_growth.png", "nf4_quantization.png", "training_curves.png"]
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,11 @@ def test_every_artefact_is_there(run):
 
 
 def test_results_have_the_design_s_shape(results):
-    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch", "adapted_modules"]
-    assert set(results["provenance"]) == {"profile", "execution", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
+    assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch", "adapted_modules", "calibration", "accuracy_by_length", "ensemble", "inference"]
+    assert set(results["provenance"]) == {"profile", "execution", "recipe", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
     assert list(results["test"]) == ["n", "accuracy", "accuracy_ci95", "f1_weighted", "f1_weighted_ci95", "confusion_matrix"]
-    assert set(results["baselines"]["tfidf_logreg"]) == {"accuracy", "accuracy_ci95"}
+    assert list(results["baselines"]) == ["tfidf_logreg", "tfidf_nb_svm"]
+    assert all(set(scores) == {"accuracy", "accuracy_ci95"} for scores in [*results["baselines"].values(), results["ensemble"]])
     assert {"epochs", "seconds", "samples_per_second", "best_epoch", "history"} <= set(results["training"])
     for row in results["efficiency"]:
         parts = ["weights_mb", "gradients_mb", "optimizer_mb", "activations_mb", "workspaces_mb", "update_mb"]
@@ -110,6 +111,10 @@ def test_the_numbers_agree_with_each_other(results):
     assert test["accuracy"] == pytest.approx(matrix.trace() / matrix.sum())
     assert test["accuracy_ci95"][0] <= test["accuracy"] <= test["accuracy_ci95"][1]
     assert results["provenance"]["rows"]["train"] == 640 and results["provenance"]["git_commit"] is None
+    lengths = results["accuracy_by_length"]
+    assert sum(row["n"] for row in lengths) == sum(row["n"] for row in results["calibration"]["bins"]) == test["n"]
+    assert sum(row["n"] * row["accuracy"] for row in lengths) == pytest.approx(matrix.trace())
+    assert [row["model"] for row in results["inference"][:2]] == ["adapter on 4-bit", "merged, fp32"] and all(row["samples_per_second"] > 0 for row in results["inference"])
     ranks = {row["rank"]: row for row in results["rank_sensitivity"]}
     assert list(ranks) == [1, 2, 4, 8, 16, 32, 64] and sum(row["accuracy"] is not None for row in ranks.values()) >= 3
     assert ranks[64]["trainable_parameters"] == 6 * 2 * 64 * (384 + 384) + 384 * 2 + 2
