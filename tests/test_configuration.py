@@ -71,7 +71,7 @@ def test_every_field_can_be_set_from_the_environment(notebook):
     """Each default, written as text, is read back as the same typed value."""
     for field in dataclasses.fields(notebook.Config):
         default = getattr(notebook.Config(), field.name)
-        value = {"quantize_embeddings": True, "max_train_samples": 7, "memory_caps_gb": [4.0, 8.5]}.get(field.name, default)
+        value = {"quantize_embeddings": True, "max_train_samples": 7, "memory_caps_gb": [4.0, 8.5], "push_to_hub": "someone/an-adapter.2"}.get(field.name, default)
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         read = notebook.read_overrides({f"QLORA_{field.name.upper()}": text})[field.name]
         assert read == value and type(read) is type(value), field.name
@@ -101,6 +101,8 @@ def test_every_field_can_be_set_from_the_environment(notebook):
         ("QLORA_LR_SCHEDULER_TYPE", "spiral", "cosine"),
         ("QLORA_SEED", "-1", "0 to 4294967295"),
         ("QLORA_RANKS", "0,4", "1 or more"),
+        ("QLORA_PUSH_TO_HUB", "adapter", "owner/name"),
+        ("QLORA_PUSH_TO_HUB", "some/where/else", "owner/name"),
     ],
 )
 def test_a_bad_setting_names_the_field_the_value_and_what_is_allowed(notebook, variable, value, expected):

@@ -190,6 +190,17 @@ def test_the_published_splits_are_kept_and_the_test_split_loses_nothing(notebook
     assert counts["repeated, dropped"] == 1 and splits["test"].features == splits["train"].features
 
 
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("test", "validation", "train"), ("validation", "test", "extra", "train")])
+def test_the_published_test_split_keeps_its_texts_in_whatever_order_the_splits_come(notebook, monkeypatch, names):
+    """"film 0" is in all splits, "film 1" in training and validation."""
+    texts = {"train": ["film 0", "film 1", "a", "b"], "validation": ["film 0", "film 1", "c", "d"], "test": ["film 0", "e"], "extra": ["film 0", "film 1", "e"]}
+    labels = {"film 0": 0, "film 1": 1, "a": 0, "b": 1, "c": 0, "d": 1, "e": 1}
+    reviews = notebook.pd.DataFrame([(text, labels[text], name) for name in names for text in texts[name]], columns=["text", "label", "split"])
+    monkeypatch.setattr(notebook, "load_reviews", lambda *_: reviews)
+    splits, _ = notebook.prepare_splits(notebook.Config(layout="published"))
+    assert {name: list(split["text"]) for name, split in splits.items()} == {"train": ["a", "b"], "validation": ["film 1", "c", "d"], "test": ["film 0", "e"]}
+
+
 @pytest.mark.parametrize("splits", [{"train": ["a", "b"], "test": ["c", "d"]}, {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}])
 def test_a_layout_that_was_not_published_is_refused(notebook, tmp_path, splits):
     config = notebook.resolve_config({"QLORA_DATASET_NAME": write_splits(tmp_path, **splits), "QLORA_LAYOUT": "published"}, cuda=False)[0]

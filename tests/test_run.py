@@ -2,18 +2,30 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import time
+import traceback
+import zipfile
 
 import nbformat
 import numpy as np
 import pytest
 import torch
 from conftest import NOTEBOOK, ROOT
+from huggingface_hub import ModelCard
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-PLOTS = ["calibration.png", "confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "lora_rank_sensitivity.png", "memory_growth.png", "nf4_quantization.png", "training_curves.png"]
+PLOTS = ["calibration.png", "confusion_matrix.png", "dataset_stats.png", "efficiency_comparison.png", "layer.png", "lora_rank_sensitivity.png", "memory_growth.png", "nf4_quantization.png", "training_curves.png"]
+CANARIES = {"WANDB_API_KEY": "canary0wandb" * 4, "HF_TOKEN": "hf_canary0hub" * 3}  # keys of the right form that must be found nowhere
+PRIVATE = ("QLORA_", "WANDB_", "HF_")
+
+
+def holds_a_key(text: str | bytes) -> bool:
+    """Tell whether a key, or its recognisable part in any coding that keeps letters, is in ``text``."""
+    return b"canary0" in (text.encode() if isinstance(text, str) else text).lower()
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +45,15 @@ def run(tmp_path_factory, offline_model, sentences):
         "QLORA_MAX_TRAIN_SAMPLES": "640",
         "QLORA_RANK_TRAIN_SAMPLES": "64",
         "QLORA_EFFICIENCY_STEPS": "2",
+        "WANDB_API_KEY": CANARIES["WANDB_API_KEY"],  # and no server: the log is kept in wandb/
+        "WANDB_BASE_URL": "http://127.0.0.1:1",
     }
     (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     nb = nbformat.read(NOTEBOOK, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    private = ("QLORA_", "WANDB_")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(private)} | {"HF_HUB_OFFLINE": "1"}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(PRIVATE)} | {"HF_HUB_OFFLINE": "1", "HF_TOKEN": CANARIES["HF_TOKEN"], "HOME": str(folder / "home")}
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute(env=environ)
     return folder, nb
 
@@ -53,14 +66,15 @@ def results(run):
 def test_without_a_hub_the_defaults_fail_in_seconds_with_what_to_do(tmp_path):
     """From the first cell on, with nothing in the cache and nothing behind the Hub's address."""
     shutil.copy(NOTEBOOK, tmp_path)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "WANDB_", "HF_"))}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(PRIVATE)} | CANARIES
     environ |= {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "empty")}
     client = NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     started = []
     client.on_cell_start = lambda cell, cell_index: started.append(time.monotonic())
-    with pytest.raises(CellExecutionError, match="ConnectionError.*QLORA_MODEL_NAME=path/to/folder"):
+    with pytest.raises(CellExecutionError, match="ConnectionError.*QLORA_MODEL_NAME=path/to/folder") as caught:
         client.execute(env=environ)
     assert time.monotonic() - started[-1] < 10
+    assert not holds_a_key(str(caught.value)) and not holds_a_key(nbformat.writes(client.nb))
 
 
 def outputs(nb):
@@ -83,13 +97,13 @@ def test_every_artefact_is_there(run):
     folder, _ = run
     assert sorted(path.name for path in (folder / "Data").iterdir()) == sorted([*PLOTS, "results.json"])
     assert all((folder / "Data" / name).read_bytes().startswith(b"\x89PNG") for name in PLOTS)
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / "outputs" / "adapter").iterdir()}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / "outputs" / "adapter").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / "outputs" / "merged").iterdir()}
 
 
 def test_results_have_the_design_s_shape(results):
     assert list(results) == ["provenance", "test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch", "adapted_modules", "calibration", "accuracy_by_length", "ensemble", "inference"]
-    assert set(results["provenance"]) == {"profile", "execution", "recipe", "model", "dataset", "rows", "device", "versions", "seed", "git_commit", "started", "wall_seconds"}
+    assert set(results["provenance"]) == {"profile", "execution", "recipe", "model", "dataset", "revisions", "rows", "device", "processes", "versions", "seed", "git_commit", "started", "wall_seconds"}
     assert list(results["test"]) == ["n", "accuracy", "accuracy_ci95", "f1_weighted", "f1_weighted_ci95", "confusion_matrix"]
     assert list(results["baselines"]) == ["tfidf_logreg", "tfidf_nb_svm"]
     assert all(set(scores) == {"accuracy", "accuracy_ci95"} for scores in [*results["baselines"].values(), results["ensemble"]])
@@ -130,6 +144,51 @@ def test_the_loss_fell_and_the_test_split_is_better_than_chance(results):
     assert results["test"]["accuracy_ci95"][0] > 0.5
 
 
+def test_the_adapter_s_card_is_made_from_the_results_and_names_no_path(run, results):
+    adapter = run[0] / "outputs" / "adapter"
+    card = ModelCard.load(adapter / "README.md")
+    assert {each.metric_type: each.metric_value for each in card.data.eval_results} == {"accuracy": results["test"]["accuracy"], "f1": results["test"]["f1_weighted"]}
+    assert (card.data.base_model, card.data.eval_results[0].dataset_name) == ("all-MiniLM-L6-v2", "reviews")
+    for path in adapter.iterdir():
+        assert not re.search(rb"[\"' ]~?/(root|home|work|tmp|Users)/", path.read_bytes()), path.name
+
+
+def test_the_evidence_is_saved_and_the_text_box_takes_little_room(run):
+    data = [output.data for output in outputs(run[1]) if output.output_type == "display_data"]
+    (shown,) = [each["text/html"] for each in data if "<bdi" in each.get("text/html", "")]
+    assert "masterpiece;" in shown and re.search(r"<sub>[+-]\d\.\d\d</sub>", shown)
+    (box,) = [each for each in data if "application/vnd.jupyter.widget-view+json" in each]
+    assert box["text/plain"] == "Here is a text box for a review of your own, while the notebook runs."
+    assert 0 < len(json.dumps(run[1].metadata["widgets"])) < 20_000
+
+
 def test_a_run_writes_to_its_own_places_only(run):
-    assert sorted(path.name for path in run[0].iterdir()) == [".env", "Data", NOTEBOOK.name, "outputs", "reviews"]
+    assert sorted(path.name for path in run[0].iterdir()) == [".env", "Data", NOTEBOOK.name, "home", "outputs", "reviews", "wandb"]
     assert not (ROOT / "wandb").exists()
+
+
+def test_no_artefact_holds_a_key(run):
+    """Pictures, checkpoints, logs, W&B's own files, and the notebook with its outputs; archives are looked into."""
+    folder, nb = run
+    assert any("kept" in line or "locally, to wandb/" in line for output in outputs(nb) for line in output.get("text", "").splitlines())
+    assert holds_a_key((folder / ".env").read_bytes())
+    assert not holds_a_key(nbformat.writes(nb))
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".env"]
+    assert {"results.json", "adapter_model.safetensors", "trainer_state.json", "debug.log"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        contents = [path.read_bytes()]
+        if zipfile.is_zipfile(path):  # as PyTorch writes
+            with zipfile.ZipFile(path) as archive:
+                contents += [archive.read(name) for name in archive.namelist()]
+        assert not any(holds_a_key(content) for content in contents), path
+
+
+def test_a_wrong_setting_beside_a_key_does_not_show_the_key(notebook):
+    with pytest.raises(ValueError, match="QLORA_SEDE") as caught:
+        notebook.resolve_config(CANARIES | {"QLORA_SEDE": "7"}, cuda=False)
+    assert not holds_a_key("".join(traceback.format_exception(caught.value)))
+
+
+def test_git_ignores_the_file_of_keys():
+    assert subprocess.run(["git", "check-ignore", "--quiet", ".env"], cwd=ROOT).returncode == 0

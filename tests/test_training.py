@@ -69,6 +69,28 @@ def test_the_trainer_gets_the_recipe_s_settings(notebook, monkeypatch):
     assert {name: seen[name] for name in expected} == expected
 
 
+def test_two_gpus_never_lead_to_data_parallel(notebook, tiny_config, qlora_model, tokenized, tmp_path, monkeypatch):
+    """As in Kaggle, where two GPUs are seen; there are none here, so their number is played."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    wrapped = []
+
+    def wrap(self, module, **_):
+        torch.nn.Module.__init__(self)
+        wrapped.append(module)
+
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", wrap)
+    options = {"use_cpu": False, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True}
+    arguments = notebook.training_arguments(tiny_config, str(tmp_path), **options)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == tiny_config.per_device_train_batch_size
+    full = notebook.load_classifier(tiny_config.model_name, 0)
+    for model in (qlora_model, full):
+        notebook.make_trainer(model, arguments, tokenized[0], tokenized[1]["train"]).train()
+    assert not wrapped
+    arguments._n_gpu = 2  # what Trainer would find and take by itself
+    notebook.make_trainer(full, arguments, tokenized[0], tokenized[1]["train"])._wrap_model(full)
+    assert wrapped == [full]
+
+
 def test_a_warm_up_below_one_is_a_share_of_the_steps(notebook, tiny_config):
     arguments = notebook.training_arguments(tiny_config, "outputs")
     assert arguments.get_warmup_steps(200) == 20

@@ -1,9 +1,11 @@
 """Section 8: W&B logs where it can, and is never in the way. The offline log is read back from its file."""
 
+import dataclasses
 import json
+import re
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 
@@ -43,10 +45,12 @@ def log_records(path):
 
 
 def read_log(folder):
-    """Return configuration, history and files of the one offline run below ``folder``."""
+    """Return configuration, history and files of the one run below ``folder``."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    wandb.teardown()  # W&B's own process may still be writing
+    (path,) = folder.glob("wandb/*run-*-*/run-*.wandb")
     config, history, files = {}, [], []
     for data in log_records(path):
         record = wandb_internal_pb2.Record()
@@ -135,5 +139,83 @@ def test_without_a_network_the_log_is_kept_locally_in_time(notebook, tmp_path, m
 
     wandb.finish()
     assert read_log(tmp_path)[0]["seed"] == 1
+    captured = capfd.readouterr()
+    assert KEY not in captured.out + captured.err
+
+
+class Server(ThreadingHTTPServer):
+    """A W&B server that takes a key and a run, until it is gone: then it answers on no connection, old or new."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.asked, self.gone, self.asked_when_gone = [], threading.Event(), 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def vanish(self):
+        self.gone.set()
+
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.gone.is_set():
+            self.server.asked_when_gone += 1
+            self.close_connection = True
+            return
+        operation = re.search(rb"(?:query|mutation)\s+(\w+)", body) if self.path == "/graphql" else None
+        self.server.asked.append(operation[1].decode() if operation else self.path.rpartition("/")[2])
+        user = {"id": "1", "name": "me", "username": "me", "entity": "me", "email": "me@example.org", "admin": False, "flags": "{}", "deletedAt": None, "apiKeys": {"edges": []}, "teams": {"edges": []}}
+        run = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0, "project": {"name": "project", "entity": {"name": "me"}}}
+        named = (json.loads(body).get("variables") or {}).get("files", []) if operation else []
+        files = [{"name": name, "uploadUrl": f"http://127.0.0.1:{self.server.server_port}/upload"} for name in named]
+        uploads = {"runID": "1", "uploadHeaders": [], "files": files}
+        reply = json.dumps({"data": {"viewer": user, "upsertBucket": {"bucket": run, "inserted": True}, "createRunFiles": uploads}} if operation else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    do_GET = do_POST = do_PUT = answer
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_network_lost_while_training_costs_no_metric_and_little_time(notebook, tmp_path, monkeypatch, capfd, tiny_config, qlora_model, offline_model, sentences):
+    server = Server()
+    environ = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    started, line = notebook.start_wandb("project", {"lora_r": 5}, environ, timeout=2)
+    assert started and line == "W&B: logging to the project project." and "UpsertBucket" in server.asked
+    lost = []
+
+    class Lose(notebook.TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.epoch == 1:
+                server.vanish()
+                lost.append(time.monotonic())
+
+    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
+    splits = notebook.tokenize_reviews(notebook.split_reviews(sentences.sample(80, random_state=0), 0.1, 0.1, 0), tokenizer, 32)
+    config = dataclasses.replace(tiny_config, num_train_epochs=4.0, early_stopping_patience=9)
+    trainer = notebook.make_main_trainer(config, qlora_model, tmp_path / "checkpoints", tokenizer, splits, report_to="wandb")
+    trainer.add_callback(Lose)
+    trainer.train()
+    assert trainer.state.epoch == 4
+    notebook.save_figure(notebook.plot_confusion([[5, 1], [2, 4]], 0.75), str(tmp_path), "confusion_matrix.png")
+    start = time.monotonic()
+    line = notebook.log_test_to_wandb({"accuracy": 0.75, "f1_weighted": 0.74}, str(tmp_path / "confusion_matrix.png"))
+    assert time.monotonic() - start < 20 and start - lost[0] < 60 and server.asked_when_gone
+    assert line.endswith("at the end; the log is in wandb/, for `wandb sync`.")
+    server.shutdown()
+    config, history, _ = read_log(tmp_path)
+    assert config["lora_r"] == 5 and sum("eval/accuracy" in row for row in history) == 4
+    assert next(row["test/accuracy"] for row in history if "test/accuracy" in row) == 0.75
     captured = capfd.readouterr()
     assert KEY not in captured.out + captured.err
