@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TOOLS = nbclient ipykernel
-TEST_TOOLS = pytest hypothesis nbformat
+TEST_TOOLS = pytest hypothesis nbformat nbconvert papermill
 
 .PHONY: run test clean
 

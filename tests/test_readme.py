@@ -74,6 +74,14 @@ def test_its_accuracies_are_those_of_the_reference_runs(path):
     assert f"{results['provenance']['wall_seconds']:.0f} s" in row
 
 
+def test_its_ways_of_launching_are_the_notebook_s():
+    (cell,) = [cell["source"] for cell in json.loads((ROOT / "QLoRA_BERT_TextClassification.ipynb").read_text(encoding="utf-8"))["cells"] if "**More GPUs.**" in "".join(cell["source"])]
+    shown = re.findall(r"^```(?:python|bash)\n(.*?)^```$", "".join(cell), flags=re.DOTALL | re.MULTILINE)
+    assert len(shown) == 3
+    for block in shown:
+        assert any(block in each for each in blocks("python") + blocks("bash")), block
+
+
 def test_the_reference_runs_hold_no_machine_paths():
     for path in (ROOT / "Data" / "reference").rglob("*.json"):
         assert not re.search(r'"/(?!/)', path.read_text(encoding="utf-8")), path
