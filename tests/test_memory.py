@@ -295,22 +295,29 @@ def row_of(rank, accuracy=None, interval=None):
 
 
 @pytest.mark.parametrize(
-    ("intervals", "claim"),
+    ("intervals", "modules", "lines"),
     [
-        ({1: [-2, -1], 4: [-1, 1], 16: [0, 0]}, "against 16: 1 worse; 4 no clear difference"),
-        ({1: [-1, 1], 16: [0, 0], 64: [-1, 0.5]}, "against 16: 1, 64 no clear difference"),
-        ({1: [-2, -1], 16: [0, 0]}, "against 16: 1 worse"),
-        ({1: [-1, 1], 16: [0, 0], 64: [0.5, 1]}, "against 16: 64 better; 1 no clear difference"),
+        ({1: [-2, -1], 4: [-1, 1], 16: [0, 0]}, {}, ["worse: rank 1", "no clear difference: rank 4"]),
+        ({1: [-1, 1], 16: [0, 0], 64: [-1, 0.5]}, {}, ["no clear difference: rank 1, rank 64"]),
+        ({1: [-2, -1], 16: [0, 0]}, {"all of attention": [-3, -1]}, ["worse: rank 1, all of attention"]),
+        ({1: [-1, 1], 16: [0, 0]}, {"all of attention": [-1, 1], "all linear layers": [0.5, 1]}, ["better: all linear layers", "no clear difference: rank 1, all of attention"]),
     ],
 )
-def test_the_claim_about_ranks_follows_the_intervals(notebook, intervals, claim):
+def test_the_claim_about_ranks_follows_the_intervals(notebook, intervals, modules, lines):
     rows = [row_of(rank, 0.9, interval) for rank, interval in intervals.items()] + [row_of(128)]
-    assert notebook.rank_claim(rows, 16).endswith(claim)
+    others = [{"modules": "query, value"} | row_of(16, 0.9, [0, 0])] + [{"modules": name} | row_of(16, 0.9, interval) for name, interval in modules.items()]
+    assert notebook.rank_claim(rows, others, 16).splitlines() == ["Against query, value at rank 16", *lines]
+
+
+def test_the_marks_of_an_axis_hold_the_range(notebook):
+    assert notebook.marks_between(12.5, 27.5, (1, 1.5, 2, 3, 4, 5, 7)) == [10, 15, 20, 30]
+    assert notebook.marks_between(3, 2000, (1, 2, 5)) == [2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
 
 
 def test_the_modules_that_may_carry_adapters(notebook, tiny_config):
     model, _ = notebook.inspect_model(tiny_config.model_name)
     query_value, attention, linear = notebook.module_choices(model, tiny_config).values()
+    assert list(notebook.module_choices(model, dataclasses.replace(tiny_config, target_modules=["all-linear"]))) == ["all-linear", "all of attention"]
     assert query_value == ["query", "value"] and len(attention) == 2 * 4 and len(linear) == 2 * 6
     assert set(attention) < set(linear) and not any("pooler" in name or "classifier" in name for name in linear)
     for family, count in (("distilbert", 6 * 4), ("modernbert", 22 * 2), ("deberta-v2", 24 * 4)):

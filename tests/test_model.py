@@ -1,10 +1,13 @@
 """Sections 6, 7, 10 to 13: what is quantized, what is trained, what it weighs, and what survives saving and merging."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 
@@ -94,6 +97,18 @@ def test_a_checkpoint_of_another_architecture_is_refused(notebook, tmp_path, tin
         notebook.load_classifier(str(tmp_path), 0)
 
 
+def test_a_folder_with_weights_that_could_hold_code_is_refused(notebook, tmp_path, tiny_bert):
+    AutoConfig.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    torch.save({"embeddings.word_embeddings.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has no model.safetensors.*other formats can hold code"):
+        notebook.load_classifier(str(tmp_path), 0)
+
+
+def test_an_adapter_names_the_revision_of_its_base(notebook, tiny_config):
+    config = dataclasses.replace(tiny_config, model_revision="older")
+    assert notebook.lora_config(config, ["classifier"]).revision == "older"
+
+
 def test_a_reloaded_adapter_gives_bit_equal_logits(notebook, qlora_model, tiny_config, tmp_path):
     torch.manual_seed(1)
     for parameter in qlora_model.parameters():
@@ -112,7 +127,7 @@ def test_merged_gives_the_predictions_of_the_adapter_on_the_same_base(notebook, 
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
     qlora_model.save_pretrained(tmp_path / "adapter")
-    adapted = notebook.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    adapted = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
     with torch.no_grad():
         before = adapted(**batch(64)).logits
         bias = before.median(dim=0).values  # centred, both labels are predicted, or equal predictions would prove little
