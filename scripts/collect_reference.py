@@ -17,11 +17,14 @@ SOURCES = {  # file: what is taken from it
     "h200-bert-base-shapes/memory.json": ["ingredients", "growth", "lean_base"],
     "h200-bert-base-shapes/batches.json": ["largest_batch"],
     "h200-all-minilm/embeddings.json": ["four_bit_against_16_bit"],
-    "h100-all-minilm/recipes.json": ["recipes", "inference"],
+    "h100-all-minilm/recipes.json": ["recipes", "inference", "comparisons", "calibration", "accuracy_by_length", "ensemble"],
+    "h100-all-minilm/mistakes.json": ["causes"],
+    "h100-x2/scaling.json": ["scaling", "accuracy_difference"],
     "cpu-imdb20k/baselines.json": ["recipes"],
 }
 ORDER = ["test", "baselines", "training", "efficiency", "rank_sensitivity", "recipes", "ladder", "ingredients", "growth", "largest_batch"]
-ORDER += ["adapted_modules", "lean_base", "four_bit_against_16_bit", "inference"]
+ORDER += ["adapted_modules", "lean_base", "four_bit_against_16_bit", "inference", "comparisons", "calibration", "accuracy_by_length", "ensemble", "causes"]
+ORDER += ["scaling", "accuracy_difference"]
 
 
 def collect(reference: Path = REFERENCE) -> dict:

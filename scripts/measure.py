@@ -8,6 +8,7 @@
     python scripts/measure.py ranks --seeds 1 2 3          LoRA ranks and adapted modules, section 11 of the notebook
     python scripts/measure.py recipes --seeds 1 2 3        the road from the mission's recipe to the recommended one, and its rivals
     python scripts/measure.py baselines                    the bags of words, on both layouts of the data set; needs no GPU
+    python scripts/measure.py mistakes                     fifty mistakes of the recommended recipe, to read; needs no GPU, but what recipes wrote
     python scripts/measure.py search --seeds 1             the variants that the recommended recipe was chosen from, on the validation split
 
 Settings come from the environment as in the notebook (QLORA_MODEL_NAME, QLORA_DATASET_NAME, QLORA_EXECUTION, ...); "ranks"
@@ -35,13 +36,15 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked later
 
 import datasets
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
 from import_notebook import import_definitions
+from matplotlib.figure import Figure
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 notebook = import_definitions()
@@ -70,7 +73,7 @@ def matrix_rate(size: int = 8192, repeats: int = 20) -> float:
 
 def training_flops(config, head_modules: list[str], batch: int, adapters: bool) -> int:
     """Count the floating-point operations of one forward and backward pass, as PyTorch counts them, on the ``meta`` device: of the LoRA model, or of full fine-tuning. 4-bit weights are expanded to the same products."""
-    model, _ = notebook.inspect_model(config.model_name)
+    model, _ = notebook.inspect_model(config.model_name, config.model_revision)
     model = model.to("meta").train()
     if adapters:
         with torch.device("meta"):
@@ -105,9 +108,14 @@ def measure_compiled(config, head_modules: list[str], tokenizer, train) -> dict:
 
 def load_data(config) -> tuple:
     """Return the tokenizer, the splits as text and as tokens: one split, by the seed of ``config``, for all trainings."""
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
+    tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
     splits, _ = notebook.prepare_splits(config)
     return tokenizer, splits, notebook.tokenize_reviews(splits, tokenizer, config.max_length, config.tail_share)
+
+
+def both_layouts(config) -> dict[str, datasets.DatasetDict]:
+    """Return the splits of both layouts of the data set, as text."""
+    return {layout: notebook.prepare_splits(dataclasses.replace(config, layout=layout))[0] for layout in ("pooled", "published")}
 
 
 def write(out: Path, name: str, config, results: dict) -> None:
@@ -258,7 +266,7 @@ def memory(config, out: Path) -> None:
 
 def batches(config, out: Path) -> None:
     """Find the largest batches under each of ``config.memory_caps_gb`` with bert-base shapes and write ``batches.json``."""
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
+    tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
     with tempfile.TemporaryDirectory() as folder:
         random_bert_base(folder, tokenizer)
         config = dataclasses.replace(config, model_name=folder, growth_lengths=[], efficiency_steps=1)
@@ -309,8 +317,8 @@ def in_workers(job, arguments: list[tuple], config, workers: int) -> Iterator:
 
 def train_and_score(config, seed: int) -> dict:
     """Train the recipe of ``config``, carried out, with ``seed``; return time, peak, scores, and which reviews are right."""
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
-    _, head = notebook.inspect_model(config.model_name)
+    tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
+    _, head = notebook.inspect_model(config.model_name, config.model_revision)
     run = dataclasses.replace(config, seed=seed)
     notebook.release_memory()
     start = time.perf_counter()
@@ -372,8 +380,8 @@ def embeddings(config, seeds: list[int], workers: int, out: Path) -> None:
 
 def train_at_rank(config, modules: list[str], r: int, seed: int):
     """Return ``right_answers`` of one training of section 11."""
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
-    _, head = notebook.inspect_model(config.model_name)
+    tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
+    _, head = notebook.inspect_model(config.model_name, config.model_revision)
     notebook.release_memory()
     config = dataclasses.replace(config, target_modules=modules)
     right = notebook.right_answers(config, head, tokenizer, tokenized["train"], splits["validation"], r, seed)
@@ -384,7 +392,7 @@ def train_at_rank(config, modules: list[str], r: int, seed: int):
 def ranks(config, seeds: list[int], workers: int, out: Path) -> None:
     """Train every rank of ``config.ranks``, and every choice of modules, for each seed by the ``rank_`` settings; write ``ranks-<learning rate>.json`` and a figure, anew after each seed."""
     config = notebook.carried_out(config)
-    architecture, head = notebook.inspect_model(config.model_name)
+    architecture, head = notebook.inspect_model(config.model_name, config.model_revision)
     choices = notebook.module_choices(architecture, config)
     first = next(iter(choices))
     runs = [(first, r) for r in sorted({*config.ranks, config.lora_r})]
@@ -450,8 +458,9 @@ def all_variants() -> list[Variant]:
         *(recommended, full, full_slower, first),
         *steps,
         *also({"layout": "published"}, "published splits", recommended, full, first),
+        *also({"max_length": 512}, "512 tokens", full, first, recommended),
+        *also({"optim": "adamw_torch_fused"}, "32-bit fused AdamW", recommended),
         *also({"learning_rate": 5e-4}, "learning rate 5e-4", recommended),
-        *also({"max_length": 512}, "512 tokens", recommended, full, first),
         *also({"use_rslora": True, "learning_rate": 3e-4}, "rank-stabilised", recommended),
         *also({"lora_r": 4, "lora_alpha": 8}, "rank 4", recommended),
         *also({"lr_scheduler_type": "linear"}, "linear schedule", recommended),
@@ -523,13 +532,13 @@ def train_variant(config, variant: Variant, seed: int, tested: bool) -> dict:
         logits of the splits that were predicted: of validation and test if ``tested``.
     """
     run = variant_config(config, variant, seed, "adamw_8bit" if tested else "adamw_torch_fused")
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(run.model_name))
-    architecture, _ = notebook.inspect_model(run.model_name)
+    tokenizer = notebook.load_tokenizer(run.model_name, run.model_revision)
+    architecture, _ = notebook.inspect_model(run.model_name, run.model_revision)
     head = notebook.trained_whole(architecture, run.train_pooler)
     tokens = cut_tokens(run.layout, run.max_length, run.tail_share)
     notebook.release_memory()
     start = time.perf_counter()
-    model = notebook.load_classifier(run.model_name, seed) if variant.full else notebook.build_qlora(run, head)
+    model = notebook.load_classifier(run.model_name, seed, revision=run.model_revision) if variant.full else notebook.build_qlora(run, head)
     with tempfile.TemporaryDirectory() as folder:
         arguments = notebook.training_arguments(run, folder, disable_tqdm=True, save_only_model=True, logging_strategy="no")
         stop = notebook.EarlyStoppingCallback(early_stopping_patience=run.early_stopping_patience)
@@ -555,13 +564,12 @@ def train_variant(config, variant: Variant, seed: int, tested: bool) -> dict:
     return row | {"logits": logits}
 
 
-def trained_variants(config, variants: list[Variant], seeds: list[int], workers: int, tested: bool) -> Iterator[dict]:
+def trained_variants(config, splits: dict, variants: list[Variant], seeds: list[int], workers: int, tested: bool) -> Iterator[dict]:
     """Yield ``train_variant`` of each variant for each seed, as they are done: all seeds of the first variant first, ``workers`` at a time on each GPU."""
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(config.model_name))
+    tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
     with tempfile.TemporaryDirectory() as folder:
         for layout in {each.changes.get("layout", config.layout) for each in variants}:
-            splits, _ = notebook.prepare_splits(dataclasses.replace(config, layout=layout))
-            notebook.tokenize_reviews(splits, tokenizer, max_length=10**6).save_to_disk(f"{folder}/{layout}")
+            notebook.tokenize_reviews(splits[layout], tokenizer, max_length=10**6).save_to_disk(f"{folder}/{layout}")
         processes = multiprocessing.get_context("spawn")
         gpus = max(1, torch.cuda.device_count())
         arguments = folder, processes.Value("i", 0), gpus
@@ -574,7 +582,7 @@ def trained_variants(config, variants: list[Variant], seeds: list[int], workers:
 def search(config, seeds: list[int], workers: int, out: Path) -> None:
     """Train every variant of ``searched`` and write their validation accuracies to ``search.json``, anew after each."""
     done = []
-    for run in trained_variants(config, searched(), seeds, workers, tested=False):
+    for run in trained_variants(config, both_layouts(config), searched(), seeds, workers, tested=False):
         done.append({"variant": run["variant"].name} | {name: run[name] for name in ("seed", "validation", "epochs")})
         optimizer = {"optimizer_of_adapters": "adamw_torch_fused"}
         write(out, "search.json", config, recipe_settings(config) | optimizer | {"runs": sorted(done, key=lambda row: -row["validation"])})
@@ -585,10 +593,17 @@ def recipe_settings(config) -> dict:
     return {"model": Path(config.model_name).name, "execution": "fast"}
 
 
-def label_of(config, layout: str) -> dict[str, np.ndarray]:
-    """Return the labels of the splits of ``layout``."""
-    splits, _ = notebook.prepare_splits(dataclasses.replace(config, layout=layout))
+def labels_of(splits: datasets.DatasetDict) -> dict[str, np.ndarray]:
+    """Return the labels of each split."""
     return {name: np.array(split["label"]) for name, split in splits.items()}
+
+
+def settings_of(config, variant: Variant) -> dict:
+    """Return the settings that tell ``variant`` from others."""
+    used = variant_config(config, variant, seed=0)
+    names = ["layout", "max_length", "tail_share", "learning_rate", "num_train_epochs", "optim"]
+    names += [] if variant.full else ["lora_r", "target_modules", "train_pooler"]
+    return {name: getattr(used, name) for name in names}
 
 
 def summarize_recipe(runs: list[dict], labels: dict[str, dict], config) -> dict:
@@ -600,9 +615,6 @@ def summarize_recipe(runs: list[dict], labels: dict[str, dict], config) -> dict:
     right = {name: predictions[name] == labels[name] for name in predictions}
     accuracy, interval = notebook.mean_over_seeds(right["test"])
     validation, validation_interval = notebook.mean_over_seeds(right["validation"])
-    used = variant_config(config, variant, runs[0]["seed"])
-    names = ["layout", "max_length", "tail_share", "learning_rate", "num_train_epochs", "optim"]
-    names += [] if variant.full else ["lora_r", "target_modules", "train_pooler"]
     return {
         "recipe": variant.name,
         "seeds": [run["seed"] for run in runs],
@@ -613,7 +625,8 @@ def summarize_recipe(runs: list[dict], labels: dict[str, dict], config) -> dict:
         "validation_accuracy": validation,
         "validation_accuracy_ci95": validation_interval,
         "seconds": [run["seconds"] for run in runs],
-        "settings": {name: getattr(used, name) for name in names},
+        "workers": runs[0]["workers"],
+        "settings": settings_of(config, variant),
     }
 
 
@@ -625,9 +638,8 @@ def compare(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict:
     return {"gain": gain, "gain_ci95": interval, "mcnemar": [notebook.mcnemar(labels, *pair) for pair in zip(first, second)]}
 
 
-def baseline_rows(config, layout: str) -> tuple[list[dict], dict[str, np.ndarray]]:
+def baseline_rows(config, layout: str, splits: datasets.DatasetDict) -> tuple[list[dict], dict[str, np.ndarray]]:
     """Return the rows of ``recipes`` of the bags of words, fitted here, and their margins by name and split: shape ``(n,)``, above 0 for positive."""
-    splits, _ = notebook.prepare_splits(dataclasses.replace(config, layout=layout))
     rows, margins = [], {}
     models, seconds = notebook.fit_baselines(splits["train"], config.seed)
     for name, model in models.items():
@@ -642,15 +654,15 @@ def baseline_rows(config, layout: str) -> tuple[list[dict], dict[str, np.ndarray
 
 def baselines(config, out: Path) -> None:
     """Fit and test the bags of words on both layouts of the data set, and write ``baselines.json``."""
-    rows = [row for layout in ("pooled", "published") for row in baseline_rows(config, layout)[0]]
+    rows = [row for layout, splits in both_layouts(config).items() for row in baseline_rows(config, layout, splits)[0]]
     print(*rows, sep="\n", flush=True)
     write(out, "baselines.json", config, {"recipes": rows})
 
 
-def chosen_full(done: dict[str, list[dict]]) -> str:
-    """Return the name of the full fine-tuning with the best mean accuracy on the validation split."""
+def chosen_full(done: dict[str, list[dict]], labels: np.ndarray) -> str:
+    """Return the name of the full fine-tuning with the best mean accuracy on the validation split, of these ``labels``."""
     names = [each.name for each in rivals() if each.name in done]
-    return max(names, key=lambda name: np.mean([run["validation"] for run in done[name]]))
+    return max(names, key=lambda name: np.mean([(run["logits"]["validation"].argmax(-1) == labels).mean() for run in done[name]]))
 
 
 def analyse(done: dict[str, list[dict]], margins: dict[str, np.ndarray], labels: dict[str, np.ndarray], token_counts: np.ndarray) -> dict:
@@ -666,7 +678,7 @@ def analyse(done: dict[str, list[dict]], margins: dict[str, np.ndarray], labels:
     predictions = {name: np.stack([run["logits"]["test"].argmax(-1) for run in sorted(runs, key=lambda run: run["seed"])]) for name, runs in done.items()}
     bags = ["tfidf_logreg", "tfidf_nb_svm"]
     predictions |= {name: (margins[f"{name}/test"] > 0)[None].astype(int) for name in bags}
-    names, full = [each.name for each in road()], chosen_full(done)
+    names, full = [each.name for each in road()], chosen_full(done, labels["validation"])
     pairs = [*zip(names[1:], names), *(("recommended", name) for name in ("mission", full, *bags))]
     together = []
     for logits in recommended:
@@ -687,13 +699,31 @@ def analyse(done: dict[str, list[dict]], margins: dict[str, np.ndarray], labels:
     }
 
 
-def inference(config, reviews: int = 1000) -> list[dict]:
+def plot_recipes(rows: list[dict], full: str, ensemble: dict) -> Figure:
+    """Draw the test accuracies of the road, of its rivals and of the ensemble, with their intervals; ``full`` is the name of the full fine-tuning to show."""
+    by_name = {row["recipe"]: row for row in rows} | {"recommended + tfidf_nb_svm": ensemble}
+    groups = {"C1": [each.name for each in road()], "C0": [full], "0.4": ["tfidf_logreg", "tfidf_nb_svm"], "C2": ["recommended + tfidf_nb_svm"]}
+    names = [(name, color) for color, group in groups.items() for name in group]
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for place, (name, color) in enumerate(names):
+        value, interval = 100 * by_name[name]["accuracy"], 100 * np.array(by_name[name]["accuracy_ci95"])
+        axis.errorbar(value, place, xerr=[[value - interval[0]], [interval[1] - value]], fmt="o", color=color, capsize=4)
+        axis.annotate(f"{value:.1f}", (value, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
+    steps = {each.name: each.name if each.name == "mission" else f"+ {each.name}" for each in road()[:-1]}
+    steps |= {"recommended": "+ 5 epochs: recommended", full: "full fine-tuning"} | {name: f"bag of words, {name[6:]}" for name in groups["0.4"]}
+    axis.set_yticks(range(len(names)), [steps.get(name, name) for name, _ in names])
+    axis.set_ylim(len(names) - 0.4, -0.8)
+    gain = 100 * (by_name["recommended"]["accuracy"] - by_name["mission"]["accuracy"])
+    axis.set(xlabel="test accuracy, %, and its 95 % interval", title=f"The recipe is worth {gain:.1f} points; two classifiers together are best")
+    return figure
+
+
+def inference(config, splits: datasets.DatasetDict, reviews: int = 1000) -> list[dict]:
     """Return reviews per second of the recommended adapters, untrained, as they are and merged: speed does not depend on their values."""
     run = variant_config(config, road()[-1], 0)
-    tokenizer = AutoTokenizer.from_pretrained(notebook.local_or_hub(run.model_name))
-    architecture, _ = notebook.inspect_model(run.model_name)
+    tokenizer = notebook.load_tokenizer(run.model_name, run.model_revision)
+    architecture, _ = notebook.inspect_model(run.model_name, run.model_revision)
     head = notebook.trained_whole(architecture, run.train_pooler)
-    splits, _ = notebook.prepare_splits(run)
     encoded = notebook.encode(list(splits["test"]["text"][:reviews]), tokenizer, run.max_length, run.tail_share)
     rows = []
 
@@ -706,56 +736,96 @@ def inference(config, reviews: int = 1000) -> list[dict]:
     measure("adapter on 4-bit", model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        merged = notebook.PeftModel.from_pretrained(notebook.load_classifier(run.model_name, 0), folder).merge_and_unload()
+        merged = notebook.PeftModel.from_pretrained(notebook.load_classifier(run.model_name, 0, revision=run.model_revision), folder).merge_and_unload()
     measure("merged, fp16", merged.half())
     measure("merged, fp32", merged.float())
     measure("merged, fp32", merged.to("cpu"))
     return rows
 
 
+def finished_runs(config, seeds: list[int], out: Path) -> tuple[dict[str, list[dict]], list[dict]]:
+    """Return what an earlier, interrupted ``recipes`` left in ``out``: the runs by variant, those of these seeds and of today's settings, and the speeds of
+    ``inference``."""
+    if not (out / "recipes.json").exists():
+        return {}, []
+    before = json.loads((out / "recipes.json").read_text(encoding="utf-8"))
+    rows = {row["recipe"]: row for row in before["recipes"]}
+    done = {}
+    with np.load(out / "recipes-logits.npz") as arrays:
+        for variant in all_variants():
+            row = rows.get(variant.name, {"seeds": None})
+            if row["seeds"] == sorted(seeds) and row["settings"] == settings_of(config, variant):
+                logits = [{split: arrays[f"{variant.name}/{seed}/{split}"] for split in ("validation", "test")} for seed in row["seeds"]]
+                kept = {"variant": variant, "workers": row["workers"]}
+                done[variant.name] = [kept | dict(zip(("seed", "seconds", "logits"), each)) for each in zip(row["seeds"], row["seconds"], logits)]
+    return done, before["inference"]
+
+
 def recipes(config, seeds: list[int], workers: int, out: Path) -> None:
     """Train every variant of ``all_variants`` for each seed, test it, and write ``recipes.json`` and the logits, ``recipes-logits.npz``, anew after each
-    variant."""
-    speeds = inference(config)
+    variant. Where ``out`` holds them already, the variants in them are not trained again."""
+    splits = both_layouts(config)
+    labels = {layout: labels_of(each) for layout, each in splits.items()}
+    tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
+    token_counts = notebook.count_tokens(list(splits["pooled"]["test"]["text"]), tokenizer)
+    done, speeds = finished_runs(config, seeds, out)
+    left = [each for each in all_variants() if each.name not in done]
+    print(f"Finished before: {', '.join(done) or 'none'}. To train: {', '.join(each.name for each in left)}.", flush=True)
+    speeds = speeds or inference(config, splits["pooled"])
     notebook.release_memory()
-    labels = {layout: label_of(config, layout) for layout in ("pooled", "published")}
-    tokenizer, splits, _ = load_data(config)
-    token_counts = notebook.count_tokens(list(splits["test"]["text"]), tokenizer)
-    done: dict[str, list[dict]] = {}
     wanted = {each.name for each in (*road(), *rivals())}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
-        bags = [beside.submit(baseline_rows, config, layout) for layout in labels]
-        for run in trained_variants(config, all_variants(), seeds, workers, tested=True):
+        bags = [beside.submit(baseline_rows, config, *each) for each in splits.items()]
+        for run in trained_variants(config, splits, left, seeds, workers, tested=True):
             runs = done.setdefault(run["variant"].name, [])
-            runs.append(run)
+            runs.append(run | {"workers": workers})
             if len(runs) < len(seeds):
                 continue
             whole = {name: each for name, each in done.items() if len(each) == len(seeds)}
             rows = [summarize_recipe(each, labels, config) for each in whole.values()]
-            results = recipe_settings(config) | {"workers": workers, "full_finetuning": None, "recipes": rows, "inference": speeds}
+            results = recipe_settings(config) | {"full_finetuning": None, "recipes": rows, "inference": speeds}
             if wanted <= set(whole):
                 results |= analyse(whole, bags[0].result()[1], labels["pooled"], token_counts)
             write(out, "recipes.json", config, results)
+            if wanted <= set(whole):
+                bag_rows = [row for bag in bags for row in bag.result()[0]]
+                notebook.save_figure(plot_recipes(rows + bag_rows, results["full_finetuning"], results["ensemble"]), str(out), "recipes.png")
             arrays = {f"{layout}/{name}": values for layout, bag in zip(labels, bags) for name, values in bag.result()[1].items()}
             arrays |= {f"{name}/{each['seed']}/{split}": each["logits"][split] for name, runs in done.items() for each in runs for split in each["logits"]}
             np.savez_compressed(out / "recipes-logits.npz", **arrays)
 
 
+def mistakes(config, out: Path, seed: int = 1, n: int = 50) -> None:
+    """Draw ``n`` of the test reviews that the recommended recipe, trained with ``seed``, gets wrong, by the logits that ``recipes`` left in ``out``, and
+    write them to ``mistakes.txt`` to be read."""
+    splits = both_layouts(config)["pooled"]
+    labels = labels_of(splits)["test"]
+    with np.load(out / "recipes-logits.npz") as arrays:
+        sure = notebook.probabilities(arrays[f"recommended/{seed}/test"])
+    wrong = np.flatnonzero(sure.argmax(-1) != labels)
+    drawn = np.sort(np.random.default_rng(0).choice(wrong, n, replace=False))
+    names = splits["test"].features["label"].names
+    lines = [f"{index}: {names[labels[index]]}, taken for the other with {sure[index].max():.3f}\n{splits['test'][int(index)]['text']}\n" for index in drawn]
+    (out / "mistakes.txt").write_text("\n".join(lines), encoding="utf-8")
+    print(f"{len(wrong)} of {len(labels):,} are wrong; {n} of them are in {out / 'mistakes.txt'}.")
+
+
 if __name__ == "__main__":
     commands = {"speed": speed, "memory": memory, "batches": batches, "accuracy": accuracy, "embeddings": embeddings, "ranks": ranks}
-    commands |= {"baselines": baselines, "recipes": recipes, "search": search}
+    commands |= {"baselines": baselines, "recipes": recipes, "search": search, "mistakes": mistakes}
+    on_a_cpu = ("baselines", "mistakes")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, default=Path("outputs") / "measured", help="folder for the results")
     arguments = parser.parse_args()
-    if arguments.what != "baselines" and not torch.cuda.is_available():
+    if arguments.what not in on_a_cpu and not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed, and PyTorch finds none here.")
     quiet()
     config, _ = notebook.resolve_config(DEFAULTS | dict(os.environ), cuda=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.what in ("speed", "memory", "batches", "baselines"):
+    if arguments.what in ("speed", "memory", "batches", *on_a_cpu):
         commands[arguments.what](config, arguments.out)
     else:
         commands[arguments.what](config, arguments.seeds, arguments.workers, arguments.out)

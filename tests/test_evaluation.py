@@ -1,6 +1,7 @@
 """Section 9 and the recipes: McNemar's test, calibration, accuracy by length, the ensemble, and what the recommended recipe changes."""
 
 import dataclasses
+import json
 
 import measure
 import numpy as np
@@ -156,8 +157,8 @@ def test_the_recommended_recipe_is_looked_at_closely(notebook):
     labels = {"validation": rng.integers(0, 2, 200), "test": rng.integers(0, 2, 300)}
     done = {}
     for strength, variant in enumerate([*measure.road(), *measure.rivals()], 1):
-        logits = [{name: np.stack([np.zeros(len(truth)), (2 * truth - 1) * strength / 2 + rng.standard_normal(len(truth))], axis=-1) for name, truth in labels.items()} for _ in (1, 2)]
-        done[variant.name] = [{"seed": seed, "validation": strength / 10, "logits": each} for seed, each in enumerate(logits, 1)]
+        logits = [{name: np.stack([np.zeros(len(truth)), (2 * truth - 1) * strength / 5 + rng.standard_normal(len(truth))], axis=-1) for name, truth in labels.items()} for _ in (1, 2)]
+        done[variant.name] = [{"seed": seed, "logits": each} for seed, each in enumerate(logits, 1)]
     margins = {f"{name}/{split}": 2 * truth - 1 + rng.standard_normal(len(truth)) for name in ("tfidf_logreg", "tfidf_nb_svm") for split, truth in labels.items()}
     found = measure.analyse(done, margins, labels, rng.integers(10, 700, 300))
     assert found["full_finetuning"] == "full_finetuning 3e-05"  # the last has the better validation accuracy
@@ -169,3 +170,29 @@ def test_the_recommended_recipe_is_looked_at_closely(notebook):
     assert [(row["recipe"], row["against"]) for row in found["comparisons"]][-4:] == [("recommended", name) for name in ("mission", "full_finetuning 3e-05", "tfidf_logreg", "tfidf_nb_svm")]
     assert found["ensemble"]["accuracy"] >= right["recommended"] and len(found["calibration"]["ece_seeds"]) == 2
     assert all(sum(row["n"] for row in rows) == 300 for rows in found["accuracy_by_length"].values())
+
+
+# What scripts/measure.py makes of interrupted runs
+
+
+def finished(out, seeds=(1, 2), changes=None):
+    """Write what ``recipes`` leaves of its first variant, and return what it finds there again."""
+    config = measure.notebook.Config()
+    first = measure.all_variants()[0]
+    row = {"recipe": first.name, "seeds": list(seeds), "seconds": [3.0] * len(seeds), "workers": 1}
+    row["settings"] = measure.settings_of(config, first) | (changes or {})
+    (out / "recipes.json").write_text(json.dumps({"recipes": [row], "inference": [{"model": "merged, fp16"}]}))
+    logits = {f"{first.name}/{seed}/{split}": np.full((4, 2), seed) for seed in seeds for split in ("validation", "test")}
+    np.savez_compressed(out / "recipes-logits.npz", **logits)
+    return measure.finished_runs(config, [2, 1], out)
+
+
+def test_finished_recipes_are_not_trained_again(tmp_path):
+    done, speeds = finished(tmp_path)
+    assert list(done) == ["recommended"] and speeds == [{"model": "merged, fp16"}]
+    assert [(run["seed"], run["seconds"], run["logits"]["test"][0, 0]) for run in done["recommended"]] == [(1, 3.0, 1), (2, 3.0, 2)]
+
+
+def test_recipes_of_other_seeds_or_settings_are_trained_again(tmp_path):
+    assert measure.finished_runs(measure.notebook.Config(), [1, 2], tmp_path) == ({}, [])
+    assert not finished(tmp_path, seeds=(1, 2, 3))[0] and not finished(tmp_path, changes={"learning_rate": 5e-4})[0]

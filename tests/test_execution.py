@@ -1,8 +1,10 @@
 """How a step is carried out: the same mathematics in every execution, on a CPU where it can be seen there, on a CUDA GPU where it cannot."""
 
 import dataclasses
+import gc
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -330,6 +332,39 @@ def test_no_model_is_held_after_its_memory_was_released():
     assert held() is None
 
 
+class State(SimpleNamespace):
+    """A random state that is only its seed and its place, as those of a GPU are."""
+
+    def initial_seed(self):
+        return self.seed
+
+    def get_offset(self):
+        return self.offset
+
+    def manual_seed(self, seed):
+        self.seed, self.offset = seed, 0
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+
+def test_a_checkpoint_keeps_the_random_states_of_lean(still_bert, tmp_path, tokenizer, rows):
+    config = config_for(still_bert, tmp_path, "lean")
+    folder, places = tmp_path / "run", [(43, 8), (43, 8), (44, 16), (44, 12)]
+    checkpoint = folder / "checkpoint-12"
+    trainer = make_trainer(config, tokenizer, rows, save_strategy="epoch")
+    trainer.dropout_states = [State(seed=seed, offset=offset) for seed, offset in places]
+    trainer.records = False
+    trainer.train()
+    resumed = make_trainer(config, tokenizer, rows, save_strategy="epoch")
+    resumed.dropout_states, resumed.records = [State(seed=7, offset=0) for _ in places], False
+    resumed.train(str(checkpoint))
+    assert [(state.seed, state.offset) for state in resumed.dropout_states] == places and resumed.state.global_step == 12
+    (checkpoint / "dropout_states.json").unlink()  # of an earlier revision: the states stay as they are
+    nb.load_dropout(resumed.dropout_states, str(checkpoint))
+    assert [(state.seed, state.offset) for state in resumed.dropout_states] == places
+
+
 def test_gradients_stay_where_they_are(still_bert, tmp_path):
     model = torch.nn.Linear(3, 2)
     nb.keep_gradients(model)
@@ -435,3 +470,58 @@ def test_the_ladder_and_the_methods_are_measured(still_bert, tmp_path, tokenizer
         row = nb.measure_method(nb.efficiency_methods().loc[name], config, ["classifier"], tokenizer, rows)
         assert row["measured"] and row["peak_mb"] == pytest.approx(sum(row[f"{part}_mb"] for part in nb.memory_parts()))
         assert all(row[f"{part}_mb"] > 0 for part in nb.memory_parts() if part != "update")
+
+
+@needs_gpu
+def test_on_a_gpu_an_interrupted_lean_training_drops_what_it_would_have_dropped(tmp_path, tokenizer, rows):
+    """Two epochs at once, and with an interruption after the first; then without what the checkpoint keeps of the random states."""
+    config = config_for(make_bert(tmp_path / "dropping", dropout=0.3), tmp_path, "lean")
+    options = {"num_train_epochs": 2, "save_strategy": "epoch", "train_sampling_strategy": "group_by_length"}
+    whole = make_trainer(config, tokenizer, rows, **options)
+    before = trained(whole.model)
+    whole.train()
+    assert whole.records
+    results = []
+    for kept in (True, False):
+        checkpoint = tmp_path / "run" / "checkpoint-12"
+        if not kept:
+            (checkpoint / "dropout_states.json").unlink()
+        resumed = make_trainer(config, tokenizer, rows, **options)
+        resumed.train(str(checkpoint))
+        results.append((trained(resumed.model) - trained(whole.model)).norm() / (trained(whole.model) - before).norm())
+    assert results[0] < 1e-3 and results[1] > 1e-2
+
+
+@needs_gpu
+@pytest.mark.parametrize("execution", ["plain", "fast"])
+def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows, capsys, execution):
+    """The allocator gets what 16 texts need and 32 do not: the training ends in as many steps, of as many texts, at about the same adapters."""
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SHAPE | {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(tmp_path / "bert")
+    even = rows.filter(lambda row: 64 < len(row["input_ids"]) <= 128)
+    long = nb.concatenate_datasets([even] * 5).select(range(160))
+    tokenized = nb.DatasetDict(train=long, validation=rows.select(range(16)))
+    config = config_for(str(tmp_path / "bert"), tmp_path, execution, gradient_checkpointing=False, num_train_epochs=2.0, early_stopping_patience=9, per_device_eval_batch_size=4)
+
+    def train(micro: int, folder: str):
+        chosen = dataclasses.replace(config, per_device_train_batch_size=micro, gradient_accumulation_steps=32 // micro)
+        model = nb.build_qlora(chosen, ["classifier"])
+        before = trained(model)
+        make = partial(nb.make_main_trainer, model=model, folder=tmp_path / folder, tokenizer=tokenizer, tokenized=tokenized)
+        trainer, used = nb.train_within_memory(make, chosen, tmp_path / folder)
+        (clock,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, nb.TrainingClock))
+        assert trainer.state.global_step == 10
+        return before, trained(model), clock.peak, used
+
+    peaks = {}
+    for micro in (16, 32, 16):  # the first run needs more than it will again
+        before, whole, peaks[micro], _ = train(micro, f"free-{len(peaks)}-{micro}")
+        gc.collect()
+        nb.release_memory()
+    assert peaks[32] > 1.3 * peaks[16]
+    with nb.memory_cap(1.15 * peaks[16] / 1e9):
+        _, halved, _, used = train(32, "full")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "memory ran out" in line]
+    assert lines[0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1."
+    assert used.per_device_train_batch_size * used.gradient_accumulation_steps == 32 and len(lines) <= 2
+    assert (halved - whole).norm() < 0.1 * (whole - before).norm()
