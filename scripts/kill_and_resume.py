@@ -87,6 +87,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run_in:
         return run_cells(arguments.run_in)
+    sections = [cell.source.splitlines()[0].removeprefix("## ") for cell in nbformat.read(ROOT / NOTEBOOK, as_version=4).cells if cell.source.startswith("## ")]
+    sections = sections[: sections.index(AFTER.removeprefix("## "))]
+    if not any(each.startswith(arguments.section) for each in sections):
+        parser.error(f"--section {arguments.section!r} is not run. Allowed: {', '.join(sections)}.")
     environ = dict(os.environ) | dict(setting.split("=", 1) for setting in arguments.settings)
     if not hub_is_reached():
         use_offline_assets(environ)

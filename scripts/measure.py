@@ -106,6 +106,13 @@ def measure_compiled(config, head_modules: list[str], tokenizer, train) -> dict:
     return {"rung": "fast, with torch.compile", **measured, "seconds_with_start": time.perf_counter() - start}
 
 
+def inspect(config, folder: str | None = None) -> tuple:
+    """Return the model of ``config``, or in ``folder``, on the ``meta`` device, and what is trained whole beside its adapters."""
+    source = (folder,) if folder else (config.model_name, config.model_revision)
+    architecture, _ = notebook.inspect_model(*source)
+    return architecture, notebook.trained_whole(architecture, config.train_pooler)
+
+
 def load_data(config) -> tuple:
     """Return the tokenizer, the splits as text and as tokens: one split, by the seed of ``config``, for all trainings."""
     tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
@@ -148,7 +155,7 @@ def speed(config, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         random_bert_base(folder, tokenizer)
         config = dataclasses.replace(config, model_name=folder)
-        architecture, head = notebook.inspect_model(folder)
+        architecture, head = inspect(config, folder)
         notebook.build_qlora(notebook.carried_out(config), head)  # the first model on a GPU is slow
         ladder = notebook.measure_ladder(config, head, *data)
         print(*ladder, sep="\n", flush=True)
@@ -242,7 +249,7 @@ def memory(config, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         random_bert_base(folder, tokenizer)
         config = dataclasses.replace(config, model_name=folder)
-        architecture, head = notebook.inspect_model(folder)
+        architecture, head = inspect(config, folder)
         notebook.build_qlora(notebook.carried_out(config), head)  # the first model on a GPU is slow
         short = dataclasses.replace(config, efficiency_steps=10)
         results = {"at_rest": at_rest(config, head, *data), "embedding_peaks": embedding_peaks(config, head, *data)}
@@ -270,7 +277,7 @@ def batches(config, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         random_bert_base(folder, tokenizer)
         config = dataclasses.replace(config, model_name=folder, growth_lengths=[], efficiency_steps=1)
-        architecture, head = notebook.inspect_model(folder)
+        architecture, head = inspect(config, folder)
         growth = notebook.measure_growth(config, head, tokenizer, architecture.config.max_position_embeddings)
         largest = notebook.measure_caps(growth, config, head, tokenizer)
     print(*largest, sep="\n", flush=True)
@@ -318,7 +325,7 @@ def in_workers(job, arguments: list[tuple], config, workers: int) -> Iterator:
 def train_and_score(config, seed: int) -> dict:
     """Train the recipe of ``config``, carried out, with ``seed``; return time, peak, scores, and which reviews are right."""
     tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
-    _, head = notebook.inspect_model(config.model_name, config.model_revision)
+    _, head = inspect(config)
     run = dataclasses.replace(config, seed=seed)
     notebook.release_memory()
     start = time.perf_counter()
@@ -344,7 +351,7 @@ def train_and_score(config, seed: int) -> dict:
 
 def recipe(config) -> dict:
     """Return the settings of the full recipe that accuracies depend on."""
-    names = ("execution", "learning_rate", "num_train_epochs", "max_length")
+    names = ("execution", "learning_rate", "num_train_epochs", "max_length", "tail_share", "target_modules", "train_pooler", "optim")
     return {"model": Path(config.model_name).name} | {name: getattr(config, name) for name in names}
 
 
@@ -381,7 +388,7 @@ def embeddings(config, seeds: list[int], workers: int, out: Path) -> None:
 def train_at_rank(config, modules: list[str], r: int, seed: int):
     """Return ``right_answers`` of one training of section 11."""
     tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
-    _, head = notebook.inspect_model(config.model_name, config.model_revision)
+    _, head = inspect(config)
     notebook.release_memory()
     config = dataclasses.replace(config, target_modules=modules)
     right = notebook.right_answers(config, head, tokenizer, tokenized["train"], splits["validation"], r, seed)
@@ -392,7 +399,7 @@ def train_at_rank(config, modules: list[str], r: int, seed: int):
 def ranks(config, seeds: list[int], workers: int, out: Path) -> None:
     """Train every rank of ``config.ranks``, and every choice of modules, for each seed by the ``rank_`` settings; write ``ranks-<learning rate>.json`` and a figure, anew after each seed."""
     config = notebook.carried_out(config)
-    architecture, head = notebook.inspect_model(config.model_name, config.model_revision)
+    architecture, head = inspect(config)
     choices = notebook.module_choices(architecture, config)
     first = next(iter(choices))
     runs = [(first, r) for r in sorted({*config.ranks, config.lora_r})]
@@ -533,8 +540,7 @@ def train_variant(config, variant: Variant, seed: int, tested: bool) -> dict:
     """
     run = variant_config(config, variant, seed, "adamw_8bit" if tested else "adamw_torch_fused")
     tokenizer = notebook.load_tokenizer(run.model_name, run.model_revision)
-    architecture, _ = notebook.inspect_model(run.model_name, run.model_revision)
-    head = notebook.trained_whole(architecture, run.train_pooler)
+    _, head = inspect(run)
     tokens = cut_tokens(run.layout, run.max_length, run.tail_share)
     notebook.release_memory()
     start = time.perf_counter()
@@ -601,9 +607,11 @@ def labels_of(splits: datasets.DatasetDict) -> dict[str, np.ndarray]:
 def settings_of(config, variant: Variant) -> dict:
     """Return the settings that tell ``variant`` from others."""
     used = variant_config(config, variant, seed=0)
-    names = ["layout", "max_length", "tail_share", "learning_rate", "num_train_epochs", "optim"]
-    names += [] if variant.full else ["lora_r", "target_modules", "train_pooler"]
-    return {name: getattr(used, name) for name in names}
+    names = ["layout", "seed_of_the_split", "max_length", "tail_share", "learning_rate", "num_train_epochs", "optim", "lr_scheduler_type", "warmup_ratio", "weight_decay"]
+    names += [] if variant.full else ["lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "train_pooler"]
+    batch = used.per_device_train_batch_size * used.gradient_accumulation_steps
+    settings = {name: config.seed if name == "seed_of_the_split" else getattr(used, name) for name in names}
+    return settings | {"effective_batch": batch}
 
 
 def summarize_recipe(runs: list[dict], labels: dict[str, dict], config) -> dict:
@@ -722,8 +730,7 @@ def inference(config, splits: datasets.DatasetDict, reviews: int = 1000) -> list
     """Return reviews per second of the recommended adapters, untrained, as they are and merged: speed does not depend on their values."""
     run = variant_config(config, road()[-1], 0)
     tokenizer = notebook.load_tokenizer(run.model_name, run.model_revision)
-    architecture, _ = notebook.inspect_model(run.model_name, run.model_revision)
-    head = notebook.trained_whole(architecture, run.train_pooler)
+    _, head = inspect(run)
     encoded = notebook.encode(list(splits["test"]["text"][:reviews]), tokenizer, run.max_length, run.tail_share)
     rows = []
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from measure import DEFAULTS, load_data, notebook, provenance, quiet
+from measure import DEFAULTS, inspect, load_data, notebook, provenance, quiet
 from transformers import BertConfig, BertModel
 
 SHAPES = "bert-base shapes, random weights"
@@ -139,7 +139,7 @@ def all_reduce_ms(values: int, processes: PartialState, repeats: int = 100) -> f
 
 def measure_speed(config, steps: int, rounds: int, tokenizer, train, processes: PartialState) -> dict:
     """Train ``config``, as one process does it, on the longest texts of ``train``; return samples per second, peak memory a GPU, and how much of a step is communication."""
-    _, head = notebook.inspect_model(config.model_name)
+    _, head = inspect(config)
     notebook.release_memory()
     model = notebook.build_qlora(config, head)
     counter, blocks = notebook.MemoryCounter(4), Blocks(4, steps, rounds, processes)
@@ -168,7 +168,7 @@ def measure_speed(config, steps: int, rounds: int, tokenizer, train, processes: 
 
 def train_and_test(config, tokenizer, tokenized) -> tuple[dict, np.ndarray]:
     """Train the recipe of ``config`` and test it, by all processes together; return what came of it, and which test reviews are right."""
-    _, head = notebook.inspect_model(config.model_name)
+    _, head = inspect(config)
     notebook.release_memory()
     model = notebook.build_qlora(config, head)
     folder = broadcast_object_list([tempfile.mkdtemp()])[0]  # one for all: the best checkpoint is read by all

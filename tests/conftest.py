@@ -56,6 +56,16 @@ def tiny_bert(tmp_path_factory, offline_model) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def small_data(notebook, offline_model, sentences):
+    """A tokenizer, and tokens of 160 sentences for training and 20 for validation."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(offline_model)
+    splits = notebook.split_reviews(sentences.sample(200, random_state=0), 0.1, 0.1, 0)
+    return tokenizer, notebook.tokenize_reviews(splits, tokenizer, 32)
+
+
 @pytest.fixture
 def tiny_config(notebook, tiny_bert, tmp_path):
     """A configuration for the tiny BERT on a CPU that writes below the test's own folder."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import measure
 import numpy as np
@@ -146,6 +147,42 @@ def test_all_linear_stands_alone(notebook, tiny_config):
     architecture, _ = notebook.inspect_model(tiny_config.model_name)
     with pytest.raises(ValueError, match="'all-linear' matches no linear layer.*or all-linear, alone"):
         notebook.check_model(architecture, ["all-linear", "query"], 32)
+
+
+# Prediction
+
+
+def test_where_a_batch_does_not_fit_half_of_it_is_predicted(notebook):
+    """The stand-in takes three texts at once, and says how many it got."""
+    sizes = []
+
+    class Small(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, limit=3):
+            if len(input_ids) > limit:
+                raise torch.OutOfMemoryError
+            sizes.append(len(input_ids))
+            return SimpleNamespace(logits=torch.stack([input_ids[:, 0], -input_ids[:, 0]], dim=-1))
+
+    tokenizer = SimpleNamespace(pad=lambda batch, return_tensors: Padded(batch))
+    ids = [[index] * (index % 4 + 1) for index in range(10)]
+    logits = notebook.predict_encoded(Small(), tokenizer, {"input_ids": ids}, batch_size=8)
+    assert logits[:, 0].tolist() == list(range(10)) and sizes == [2] * 5
+    Small.forward.__defaults__ = (0,)
+    with pytest.raises(MemoryError, match="Not even one review fits.*QLORA_MAX_LENGTH"):
+        notebook.predict_encoded(Small(), tokenizer, {"input_ids": ids}, batch_size=8)
+
+
+class Padded(dict):
+    """A batch padded with zeros, as a tokenizer returns it."""
+
+    def __init__(self, batch):
+        longest = max(map(len, batch["input_ids"]))
+        super().__init__(input_ids=torch.tensor([row + [0] * (longest - len(row)) for row in batch["input_ids"]]).float())
+
+    def to(self, device):
+        return self
 
 
 # What scripts/measure.py makes of tested recipes

@@ -360,7 +360,7 @@ def test_a_checkpoint_keeps_the_random_states_of_lean(still_bert, tmp_path, toke
     resumed.dropout_states, resumed.records = [State(seed=7, offset=0) for _ in places], False
     resumed.train(str(checkpoint))
     assert [(state.seed, state.offset) for state in resumed.dropout_states] == places and resumed.state.global_step == 12
-    (checkpoint / "dropout_states.json").unlink()  # of an earlier revision: the states stay as they are
+    (checkpoint / "dropout_states_0.json").unlink()  # of an earlier revision: the states stay as they are
     nb.load_dropout(resumed.dropout_states, str(checkpoint))
     assert [(state.seed, state.offset) for state in resumed.dropout_states] == places
 
@@ -485,7 +485,7 @@ def test_on_a_gpu_an_interrupted_lean_training_drops_what_it_would_have_dropped(
     for kept in (True, False):
         checkpoint = tmp_path / "run" / "checkpoint-12"
         if not kept:
-            (checkpoint / "dropout_states.json").unlink()
+            (checkpoint / "dropout_states_0.json").unlink()
         resumed = make_trainer(config, tokenizer, rows, **options)
         resumed.train(str(checkpoint))
         results.append((trained(resumed.model) - trained(whole.model)).norm() / (trained(whole.model) - before).norm())

@@ -14,15 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Trainer
-
-
-@pytest.fixture(scope="module")
-def small_data(notebook, offline_model, sentences):
-    """A tokenizer, and tokens of 160 sentences for training and 20 for validation."""
-    tokenizer = AutoTokenizer.from_pretrained(offline_model)
-    splits = notebook.split_reviews(sentences.sample(200, random_state=0), 0.1, 0.1, 0)
-    return tokenizer, notebook.tokenize_reviews(splits, tokenizer, 32)
+from transformers import Trainer
 
 
 @pytest.fixture

@@ -22,15 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbclient import NotebookClient
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer
-
-
-@pytest.fixture(scope="module")
-def small_data(notebook, offline_model, sentences):
-    """A tokenizer, and tokens of 160 sentences for training and 20 for validation."""
-    tokenizer = AutoTokenizer.from_pretrained(offline_model)
-    splits = notebook.split_reviews(sentences.sample(200, random_state=0), 0.1, 0.1, 0)
-    return tokenizer, notebook.tokenize_reviews(splits, tokenizer, 32)
 
 
 @pytest.fixture

@@ -84,6 +84,13 @@ def test_what_is_cut_is_not_read(notebook, bag, tokenizer, tail_share, first, la
     assert evidence["evidence"].notna().tolist() == [index < first or index >= 20 - last for index in range(20)]
 
 
+def test_words_on_both_sides_of_a_cut_are_not_hidden_together(notebook, bag, tokenizer):
+    evidence = notebook.word_evidence(bag, tokenizer, " ".join("abcdefghijklmnopqrst"), 9, 0.5, n_groups=3)
+    pieces = evidence.pieces()
+    assert sum(value for _, value in pieces if not np.isnan(value)) == pytest.approx(evidence.margin - bag.weight[[101, 102]].sum().item(), abs=1e-4)
+    assert len({words for words, _ in pieces}) == len(pieces) and sum(np.isnan(value) for _, value in pieces) == 1
+
+
 def test_of_many_words_neighbours_are_hidden_together_and_nothing_grows_without_end(notebook, bag, tokenizer):
     bag.rows = 0
     evidence = notebook.word_evidence(bag, tokenizer, "a good film " * 1700, 256)
@@ -148,7 +155,7 @@ def test_outside_a_notebook_the_answer_is_text(notebook, bag, tokenizer, capsys)
 @pytest.fixture
 def results():
     return {
-        "provenance": {"rows": {"train": 2500, "validation": 1057, "test": 1057}, "device": "CPU, 2 cores", "versions": dict.fromkeys(("python", "torch", "transformers", "peft", "bitsandbytes"), "1.2.3")},
+        "provenance": {"rows": {"train": 2500, "validation": 1057, "test": 1057}, "device": "CPU, 2 cores", "processes": 2, "versions": dict.fromkeys(("python", "torch", "transformers", "peft", "bitsandbytes"), "1.2.3")},
         "test": {"n": 1057, "accuracy": 0.8061, "accuracy_ci95": [0.7833, 0.8297], "f1_weighted": 0.8059, "f1_weighted_ci95": [0.7832, 0.8298], "confusion_matrix": [[425, 107], [98, 427]]},
         "baselines": {"tfidf_logreg": {"accuracy": 0.7370, "accuracy_ci95": [0.7124, 0.7646]}},
         "training": {"epochs": 3.0, "best_epoch": 2.0},
@@ -180,7 +187,7 @@ def test_the_card_holds_the_figures_and_valid_metadata(notebook, results, tmp_pa
     assert card.data.eval_results[0].dataset_args == {"layout": "pooled", "test_share": 0.1, "seed": 42}
     for said in ("| this adapter, 4-bit base | 80.6 % [78.3, 83.0] | 80.6 % [78.3, 83.0] |", "| tfidf_logreg | 73.7 % [71.2, 76.5] |  |", "| negative | 425 | 107 |", "| positive | 98 | 427 |", "1,057 test reviews", "2,500 for training"):
         assert said in card.text
-    for said in ("off by 2.3 points", "more than 200 tokens, only the beginning and the end", "no other language", "rank 16, alpha 32, dropout 0.1", "query, value", "3; epoch 2 is kept", "peft 1.2.3", "someone/reviews-qlora", "| reviews a step | 32 |"):
+    for said in ("off by 2.3 points", "more than 200 tokens, only the beginning and the end", "no other language", "rank 16, alpha 32, dropout 0.1", "query, value", "3; epoch 2 is kept", "peft 1.2.3", "someone/reviews-qlora", "| reviews a step | 64 |", "(The program above keeps the beginning.)", "200, of a longer text 50% from its end"):
         assert said in card.text
     assert "local folder" not in card.text and "/Users" not in card.text
 

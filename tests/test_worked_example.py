@@ -4,6 +4,7 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from conftest import code_cells
 
 
 def test_the_levels_are_those_of_bitsandbytes(notebook):
@@ -39,3 +40,17 @@ def test_the_parts_of_a_layer_are_all_of_its_tensors(notebook, tiny_config):
     assert list(four_bit) == [f"attention.self.{name}" for name in ("query", "key", "value")] + ["attention.output.dense", "intermediate.dense", "output.dense"]
     figure = notebook.plot_layer(parts, architecture.config.num_hidden_layers)
     assert len(figure.axes[0].patches) == len(parts)
+
+
+@pytest.mark.parametrize("block", [64, 256])
+def test_the_example_runs_with_other_blocks_as_the_text_says(notebook, capsys, block):
+    """As the question in section 6 says: 8.5 and 9.7 %, and with its largest weight ten times as large 18 and 35 %."""
+    cells = [cell.source for cell in code_cells() if cell.source.startswith(("small = ", "mean = scales"))]
+    assert len(cells) == 2
+    for outlier, wanted in ((1, {64: "8.5", 256: "9.7"}), (10, {64: "18", 256: "35"})):
+        space = dict(vars(notebook))
+        change = f"\nsmall.ravel()[abs(small).argmax()] *= {outlier}\nblock = {block}"
+        exec(cells[0].replace("block = 64  # and this", change), space)
+        exec(cells[1], space)
+        error = 100 * np.linalg.norm(space["restored"] - space["small"]) / np.linalg.norm(space["small"])
+        assert f"{error:.{1 if outlier == 1 else 0}f}" == wanted[block]
