@@ -265,7 +265,7 @@ def test_the_tables_of_rivals_are_the_reference(recipes, comparisons, notebook_t
     for name, label in rivals.items():
         row, beside = recipes["full_finetuning" if name == full else name], comparisons["recommended", name]
         assert f"| {label} | {percents(row)} | {gain(beside)} | {p_values(beside)} |" in notebook_text, label
-        label = "full fine-tuning, searched likewise" if name == full else label
+        label = "full fine-tuning, with a search of its own" if name == full else label
         assert f"| {label} | {percents(row)} | {gain(beside)} |" in README, label
         published = recipes[f"{name}, published splits"]
         assert f"| {label if name != full else rivals[full]} | {percents(published)} |" in notebook_text
@@ -274,6 +274,18 @@ def test_the_tables_of_rivals_are_the_reference(recipes, comparisons, notebook_t
     assert f"| QLoRA, the mission's recipe (the default) | {percents(recipes['mission'])} | {gain(comparisons['recommended', 'mission'])} |" in README
     assert f"| QLoRA, recommended (`QLORA_RECIPE=recommended`) | {percents(recipes['recommended'])} | |" in README
     assert all(len(recipes[name]["seeds"]) == 3 for name in ("mission", "recommended", "full_finetuning"))
+
+
+def test_the_summary_in_one_minute_is_the_reference(speed, recipes, notebook_text):
+    row, text = by_method(speed), notebook_text.split("**In one minute**")[1].split("## 1 Environment")[0]
+    weights = {name: f"{row[name]['weights_mb']:.0f} MB" for name in ("qlora_plain", "qlora_lean")}
+    assert f"{weights['qlora_plain']} instead of {row['full_fp16']['weights_mb']:.0f}" in text and f"{weights['qlora_lean']} with care" in text
+    assert f"{row['qlora_plain']['peak_mb']:.0f} MB (`plain`) or {row['qlora_lean']['peak_mb']:.0f} MB (`lean`) instead of {row['full_fp16']['peak_mb']:,.0f}" in text
+    assert f"{row['qlora_plain']['samples_per_second']:.0f} reviews/s against {row['full_fp16']['samples_per_second']:.0f}" in text
+    assert f"{row['qlora_lean']['samples_per_second']:.0f} (`lean`) and {row['qlora_fast']['samples_per_second']:,.0f} (`fast`)" in text
+    assert f"{row['qlora_plain']['trainable_parameters']:,} parameters" in text
+    assert f"{percents(recipes['recommended'])} and {percents(recipes['full_finetuning'])} %" in text
+    assert f"default recipe: {percents(recipes['mission'])}" in text and f"reached {percents(recipes['tfidf_nb_svm'])}" in text
 
 
 def test_the_texts_say_what_the_comparisons_allow(recipes, comparisons):
@@ -336,6 +348,8 @@ def test_the_scaling_is_the_reference_s(notebook_text):
     difference = measured["accuracy_difference"]["2 against 1"]
     assert f"{difference['gain']:+.2f} points {points(difference['gain_ci95'], 2, '+')}" in text
     twos = [row for row in measured["scaling"] if row["gpus"] == 2]
+    kernels = [row["nccl_kernels_ms"] for row in twos if row["execution"] == "fast"]
+    assert f"NCCL's kernels active for {min(kernels):.1f} to {max(kernels):.1f} ms of a step" in text
     message = [row["all_reduce_ms"] for row in twos]
     shares = [100 * row["all_reduce_ms"] / row["step_ms"] for row in twos if row["execution"] == "fast"]
     assert f"takes {min(message):.2f} to {max(message):.2f} ms: {min(shares):.1f} to {max(shares):.1f} % of a step in `fast`" in text
@@ -357,9 +371,13 @@ def test_the_road_is_that_of_the_search_and_of_the_test_split(notebook, notebook
     for label, variant in zip(rows, measure.road(), strict=True):
         step = comparisons.get((variant.name, before))
         cells = [gain(step), p_values(step)] if step else [" ", " "]
-        line = f"| {label} | {100 * accuracy(variant):.1f} | {percents(recipes[variant.name])} | {cells[0]} | {cells[1]} |"
+        line = f"| {label} | {100 * recipes[variant.name]['validation_accuracy']:.1f} | {percents(recipes[variant.name])} | {cells[0]} | {cells[1]} |"
         assert line.replace("|   |   |", "|  |  |") in notebook_text, line
         before = variant.name
+    steps = ", ".join(f"{100 * accuracy(variant):.1f}" for variant in measure.road()[-3:])
+    assert f"1.0 point in the search ({steps})" in " ".join(notebook_text.split()) and f"{100 * (accuracy(measure.road()[-1]) - accuracy(measure.road()[-3])):.1f}" == "1.0"
+    full, recommended = (100 * recipes[name]["validation_accuracy"] for name in ("full_finetuning", "recommended"))
+    assert f"ahead by {full - recommended:.1f} points, {full:.1f} to {recommended:.1f};" in " ".join(notebook_text.split())
     assert accuracy(measure.road()[-1]) == max(value for (name, _), value in runs.items() if not name.startswith("full"))  # chosen on the validation split
 
 
