@@ -769,7 +769,7 @@ def finished_runs(config, seeds: list[int], out: Path) -> tuple[dict[str, list[d
 
 
 def recipes(config, seeds: list[int], workers: int, out: Path) -> None:
-    """Train every variant of ``all_variants`` for each seed, test it, and write ``recipes.json`` and the logits, ``recipes-logits.npz``, anew after each
+    """Train every variant of ``all_variants`` for each seed, test it, and write ``recipes.json`` and the logits and labels, ``recipes-logits.npz``, anew after each
     variant. Where ``out`` holds them already, the variants in them are not trained again."""
     splits = both_layouts(config)
     labels = {layout: labels_of(each) for layout, each in splits.items()}
@@ -798,6 +798,7 @@ def recipes(config, seeds: list[int], workers: int, out: Path) -> None:
                 bag_rows = [row for bag in bags for row in bag.result()[0]]
                 notebook.save_figure(plot_recipes(rows + bag_rows, results["full_finetuning"], results["ensemble"]), str(out), "recipes.png")
             arrays = {f"{layout}/{name}": values for layout, bag in zip(labels, bags) for name, values in bag.result()[1].items()}
+            arrays |= {f"labels/{layout}/{split}": values for layout, splits_of in labels.items() for split, values in splits_of.items() if split != "train"}
             arrays |= {f"{name}/{each['seed']}/{split}": each["logits"][split] for name, runs in done.items() for each in runs for split in each["logits"]}
             np.savez_compressed(out / "recipes-logits.npz", **arrays)
 

@@ -5,6 +5,7 @@ import re
 
 import measure
 import nbformat
+import numpy as np
 import pytest
 from collect_reference import collect
 from conftest import NOTEBOOK, ROOT
@@ -274,6 +275,20 @@ def test_the_tables_of_rivals_are_the_reference(recipes, comparisons, notebook_t
     assert f"| QLoRA, the mission's recipe (the default) | {percents(recipes['mission'])} | {gain(comparisons['recommended', 'mission'])} |" in README
     assert f"| QLoRA, recommended (`QLORA_RECIPE=recommended`) | {percents(recipes['recommended'])} | |" in README
     assert all(len(recipes[name]["seeds"]) == 3 for name in ("mission", "recommended", "full_finetuning"))
+
+
+def test_the_accuracies_of_recipes_are_those_of_their_logits():
+    """Recomputed from what each model said of each review, and from the labels."""
+    measured = read("h100-all-minilm/recipes.json")
+    with np.load(REFERENCE / "h100-all-minilm" / "recipes-logits.npz") as arrays:
+        for row in measured["recipes"]:
+            labels = arrays[f"labels/{row['settings']['layout']}/test"]
+            right = [(arrays[f"{row['recipe']}/{seed}/test"].argmax(-1) == labels).mean() for seed in row["seeds"]]
+            assert right == pytest.approx(row["accuracies"]) and np.mean(right) == pytest.approx(row["accuracy"])
+        for row in read("cpu-imdb20k/baselines.json")["recipes"]:
+            name = row["recipe"].partition(",")[0]
+            layout = row["settings"]["layout"]
+            assert ((arrays[f"{layout}/{name}/test"] > 0) == arrays[f"labels/{layout}/test"]).mean() == pytest.approx(row["accuracy"], abs=0.002)  # fitted on another machine
 
 
 def test_the_summary_in_one_minute_is_the_reference(speed, recipes, notebook_text):
