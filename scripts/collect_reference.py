@@ -39,6 +39,8 @@ def collect(reference: Path = REFERENCE) -> dict:
         for row in measured["recipes"] if "recipes" in names else []:
             chosen = row["recipe"] == measured.get("full_finetuning")
             figures["recipes"].append(row | ({"recipe": "full_finetuning"} if chosen else {}))
+    for row in figures["scaling"]:
+        row.setdefault("accuracy", None)  # only whole trainings have one
     return {"provenance": {"profile": "full", "sources": sources}} | {name: figures[name] for name in ORDER}
 
 
