@@ -365,6 +365,8 @@ def test_the_scaling_is_the_reference_s(notebook_text):
     twos = [row for row in measured["scaling"] if row["gpus"] == 2]
     kernels = [row["nccl_kernels_ms"] for row in twos if row["execution"] == "fast"]
     assert f"NCCL's kernels active for {min(kernels):.1f} to {max(kernels):.1f} ms of a step" in text
+    assert f"kernels active for {rows['all-MiniLM-L6-v2', 'fast', 2, 32]['all_kernels_ms']:.1f} ms: the rest is the loop" in text
+    assert all(row["communication_share"] > 0.04 for row in twos if row["execution"] == "plain")  # "with one sign in all four rows"
     message = [row["all_reduce_ms"] for row in twos]
     shares = [100 * row["all_reduce_ms"] / row["step_ms"] for row in twos if row["execution"] == "fast"]
     assert f"takes {min(message):.2f} to {max(message):.2f} ms: {min(shares):.1f} to {max(shares):.1f} % of a step in `fast`" in text
