@@ -422,12 +422,14 @@ def ranks(config, seeds: list[int], workers: int, out: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to train: what it changes of ``Config``, and whether it is full fine-tuning; ``loraplus`` multiplies the learning rate of LoRA's B."""
+    """A way to train: what it changes of ``Config``, and whether it is full fine-tuning; ``loraplus`` multiplies the learning rate of LoRA's B; without
+    ``four_bit`` the base of the adapters stays in fp16."""
 
     name: str
     changes: dict
     full: bool = False
     loraplus: float | None = None
+    four_bit: bool = True
 
 
 def road() -> list[Variant]:
@@ -454,7 +456,8 @@ def rivals() -> list[Variant]:
 
 
 def all_variants() -> list[Variant]:
-    """Return what ``recipes`` trains, the most wanted first: the road and its rivals, the published layout, 512 tokens, and single changes of the recommended recipe."""
+    """Return what ``recipes`` trains, the most wanted first: the road and its rivals, the published layout, 512 tokens, full fine-tuning with other cuts, and
+    single changes of the recommended recipe: of its optimizer first, and of the rest with the faster optimizer that this brought."""
     first, *steps, recommended = road()
     full, full_slower = rivals()
 
@@ -466,11 +469,15 @@ def all_variants() -> list[Variant]:
         *steps,
         *also({"layout": "published"}, "published splits", recommended, full, first),
         *also({"max_length": 512}, "512 tokens", full, first, recommended),
-        *also({"optim": "adamw_torch_fused"}, "32-bit fused AdamW", recommended),
-        *also({"learning_rate": 5e-4}, "learning rate 5e-4", recommended),
-        *also({"use_rslora": True, "learning_rate": 3e-4}, "rank-stabilised", recommended),
-        *also({"lora_r": 4, "lora_alpha": 8}, "rank 4", recommended),
-        *also({"lr_scheduler_type": "linear"}, "linear schedule", recommended),
+        *also({"tail_share": 0.0}, "tail 0", full),
+        *also({"tail_share": 0.25}, "tail 0.25", full),
+        *(fused := also({"optim": "adamw_torch_fused"}, "32-bit fused AdamW", recommended)),
+        *(dataclasses.replace(each, four_bit=False) for each in also({}, "16-bit base", *fused)),
+        *also({"use_rslora": True, "learning_rate": 3e-4}, "rank-stabilised at 3e-4", *fused),
+        *(dataclasses.replace(each, loraplus=4) for each in also({"learning_rate": 4e-4}, "LoRA+ 4 at 4e-4", *fused)),
+        *also({"lora_r": 4, "lora_alpha": 8}, "rank 4", *fused),
+        *also({"learning_rate": 5e-4}, "learning rate 5e-4", *fused),
+        *also({"lr_scheduler_type": "linear"}, "linear schedule", *fused),
     ]
 
 
@@ -531,6 +538,20 @@ def cut_tokens(layout: str, max_length: int, tail_share: float) -> datasets.Data
     )
 
 
+def build_variant(run, variant: Variant, head: list[str]) -> torch.nn.Module:
+    """Return the model that ``variant`` trains, as ``run`` has it."""
+    if not variant.full and variant.four_bit:
+        return notebook.build_qlora(run, head)
+    dtype = torch.float32 if variant.full else torch.float16
+    model = notebook.load_classifier(run.model_name, run.seed, dtype=dtype, revision=run.model_revision)
+    if variant.full:
+        return model
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in head:
+            module.float()
+    return notebook.add_adapters(model, run, head)
+
+
 def train_variant(config, variant: Variant, seed: int, tested: bool) -> dict:
     """Train ``variant`` with ``seed``, with an 8-bit optimizer if it is to be ``tested``, and the faster fused AdamW if not.
 
@@ -544,7 +565,7 @@ def train_variant(config, variant: Variant, seed: int, tested: bool) -> dict:
     tokens = cut_tokens(run.layout, run.max_length, run.tail_share)
     notebook.release_memory()
     start = time.perf_counter()
-    model = notebook.load_classifier(run.model_name, seed, revision=run.model_revision) if variant.full else notebook.build_qlora(run, head)
+    model = build_variant(run, variant, head)
     with tempfile.TemporaryDirectory() as folder:
         arguments = notebook.training_arguments(run, folder, disable_tqdm=True, save_only_model=True, logging_strategy="no")
         stop = notebook.EarlyStoppingCallback(early_stopping_patience=run.early_stopping_patience)
@@ -611,6 +632,8 @@ def settings_of(config, variant: Variant) -> dict:
     names += [] if variant.full else ["lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "train_pooler"]
     batch = used.per_device_train_batch_size * used.gradient_accumulation_steps
     settings = {name: config.seed if name == "seed_of_the_split" else getattr(used, name) for name in names}
+    settings |= {} if variant.full or variant.four_bit else {"base": "float16"}
+    settings |= {"loraplus_lr_ratio": variant.loraplus} if variant.loraplus else {}
     return settings | {"effective_batch": batch}
 
 
@@ -668,8 +691,8 @@ def baselines(config, out: Path) -> None:
 
 
 def chosen_full(done: dict[str, list[dict]], labels: np.ndarray) -> str:
-    """Return the name of the full fine-tuning with the best mean accuracy on the validation split, of these ``labels``."""
-    names = [each.name for each in rivals() if each.name in done]
+    """Return the name of the full fine-tuning of 256 tokens with the best mean accuracy on the validation split, of these ``labels``."""
+    names = [each.name for each in all_variants() if each.full and each.name in done and not {"layout", "max_length"} & set(each.changes)]
     return max(names, key=lambda name: np.mean([(run["logits"]["validation"].argmax(-1) == labels).mean() for run in done[name]]))
 
 
@@ -688,6 +711,10 @@ def analyse(done: dict[str, list[dict]], margins: dict[str, np.ndarray], labels:
     predictions |= {name: (margins[f"{name}/test"] > 0)[None].astype(int) for name in bags}
     names, full = [each.name for each in road()], chosen_full(done, labels["validation"])
     pairs = [*zip(names[1:], names), *(("recommended", name) for name in ("mission", full, *bags))]
+    pairs += [(name, name.rpartition(", ")[0]) for name in done if ", " in name and not name.endswith("published splits")]  # one change more than
+    if "recommended, 512 tokens" in done:
+        others = (name for name in done if name.endswith("512 tokens") and not name.startswith("recommended"))
+        pairs += [("recommended, 512 tokens", name) for name in (*others, *bags)]
     together = []
     for logits in recommended:
         stack = notebook.fit_ensemble(labels["validation"], logits["validation"], margins["tfidf_nb_svm/validation"])

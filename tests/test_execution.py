@@ -1,10 +1,13 @@
 """How a step is carried out: the same mathematics in every execution, on a CPU where it can be seen there, on a CUDA GPU where it cannot."""
 
 import dataclasses
-import gc
+import io
+import multiprocessing
 import weakref
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -492,36 +495,46 @@ def test_on_a_gpu_an_interrupted_lean_training_drops_what_it_would_have_dropped(
     assert results[0] < 1e-3 and results[1] > 1e-2
 
 
+def train_apart(bert: str, folder: str, tokenizer, tokenized, execution: str, micro: int, cap_gb: float | None) -> dict:
+    """Train 10 steps of 32 texts, ``micro`` at a time, under a cap on the allocator: to be called in a process of its own, which holds no other memory."""
+    multiprocessing.set_start_method("fork", force=True)  # or the data loaders' workers would import everything anew
+    changes = {"gradient_checkpointing": False, "num_train_epochs": 2.0, "early_stopping_patience": 9, "per_device_eval_batch_size": 4}
+    config = config_for(bert, folder, execution, **changes, per_device_train_batch_size=micro, gradient_accumulation_steps=32 // micro)
+    said = io.StringIO()
+    with redirect_stdout(said), nb.memory_cap(cap_gb) if cap_gb else nullcontext():
+        model = nb.build_qlora(config, ["classifier"])
+        before = trained(model)
+        make = partial(nb.make_main_trainer, model=model, folder=Path(folder), tokenizer=tokenizer, tokenized=tokenized)
+        trainer, used = nb.train_within_memory(make, config, Path(folder))
+    lines = [line for line in said.getvalue().splitlines() if "memory ran out" in line]
+    batch = used.per_device_train_batch_size, used.gradient_accumulation_steps
+    steps, reserved = trainer.state.global_step, torch.cuda.max_memory_reserved()
+    return {"before": before.numpy(), "after": trained(model).numpy(), "lines": lines, "batch": batch, "steps": steps, "reserved": reserved}
+
+
 @needs_gpu
-@pytest.mark.parametrize("execution", ["plain", "fast"])
-def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows, capsys, execution):
+def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows):
     """The allocator gets what 16 texts need and 32 do not: the training ends in as many steps, of as many texts, at about the same adapters."""
     torch.manual_seed(0)
-    BertModel(BertConfig(**SHAPE | {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(tmp_path / "bert")
+    bert = str(tmp_path / "bert")
+    BertModel(BertConfig(**SHAPE | {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(bert)
     even = rows.filter(lambda row: 64 < len(row["input_ids"]) <= 128)
-    long = nb.concatenate_datasets([even] * 5).select(range(160))
-    tokenized = nb.DatasetDict(train=long, validation=rows.select(range(16)))
-    config = config_for(str(tmp_path / "bert"), tmp_path, execution, gradient_checkpointing=False, num_train_epochs=2.0, early_stopping_patience=9, per_device_eval_batch_size=4)
+    tokenized = nb.DatasetDict(train=nb.concatenate_datasets([even] * 5).select(range(160)), validation=rows.select(range(16)))
 
-    def train(micro: int, folder: str):
-        chosen = dataclasses.replace(config, per_device_train_batch_size=micro, gradient_accumulation_steps=32 // micro)
-        model = nb.build_qlora(chosen, ["classifier"])
-        before = trained(model)
-        make = partial(nb.make_main_trainer, model=model, folder=tmp_path / folder, tokenizer=tokenizer, tokenized=tokenized)
-        trainer, used = nb.train_within_memory(make, chosen, tmp_path / folder)
-        (clock,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, nb.TrainingClock))
-        assert trainer.state.global_step == 10
-        return before, trained(model), clock.peak, used
+    def start(pool, execution, micro, cap_gb=None):
+        return pool.submit(train_apart, bert, str(tmp_path / f"{execution}-{micro}-{cap_gb}"), tokenizer, tokenized, execution, micro, cap_gb)
 
-    peaks = {}
-    for micro in (16, 32, 16):  # the first run needs more than it will again
-        before, whole, peaks[micro], _ = train(micro, f"free-{len(peaks)}-{micro}")
-        gc.collect()
-        nb.release_memory()
-    assert peaks[32] > 1.3 * peaks[16]
-    with nb.memory_cap(1.15 * peaks[16] / 1e9):
-        _, halved, _, used = train(32, "full")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "memory ran out" in line]
-    assert lines[0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1."
-    assert used.per_device_train_batch_size * used.gradient_accumulation_steps == 32 and len(lines) <= 2
-    assert (halved - whole).norm() < 0.1 * (whole - before).norm()
+    executions = ("plain", "fast")
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        runs = {(execution, micro): start(pool, execution, micro) for execution in executions for micro in (16, 32)}
+        free = {key: run.result() for key, run in runs.items()}
+        caps = {execution: (free[execution, 16]["reserved"] + free[execution, 32]["reserved"]) / 2e9 for execution in executions}
+        full = {execution: start(pool, execution, 32, caps[execution]) for execution in executions}
+        full = {execution: run.result() for execution, run in full.items()}
+    for execution, run in full.items():
+        print(execution, {micro: free[execution, micro]["reserved"] for micro in (16, 32)}, caps[execution], run["reserved"], run["lines"], run["batch"])
+        assert free[execution, 32]["reserved"] > 1.2 * free[execution, 16]["reserved"] and not free[execution, 32]["lines"]
+        assert run["lines"][0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1." and len(run["lines"]) <= 2
+        assert run["batch"][0] * run["batch"][1] == 32 and run["steps"] == free[execution, 32]["steps"] == 10 and run["reserved"] <= 1e9 * caps[execution]
+        whole = free[execution, 32]
+        assert np.linalg.norm(run["after"] - whole["after"]) < 0.1 * np.linalg.norm(whole["after"] - whole["before"])

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
@@ -23,8 +27,9 @@ def clean_wandb(monkeypatch, tmp_path):
     yield
     import wandb
 
-    wandb.finish()
-    wandb.teardown()
+    for end in (wandb.finish, wandb.teardown):
+        with suppress(ConnectionError):  # where a test killed W&B's own process
+            end()
 
 
 def log_records(path):
@@ -204,7 +209,7 @@ def test_a_network_lost_while_training_costs_no_metric_and_little_time(notebook,
     tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
     splits = notebook.tokenize_reviews(notebook.split_reviews(sentences.sample(80, random_state=0), 0.1, 0.1, 0), tokenizer, 32)
     config = dataclasses.replace(tiny_config, num_train_epochs=4.0, early_stopping_patience=9)
-    trainer = notebook.make_main_trainer(config, qlora_model, tmp_path / "checkpoints", tokenizer, splits, report_to="wandb")
+    trainer = notebook.make_main_trainer(config, qlora_model, tmp_path / "checkpoints", tokenizer, splits, to_wandb=True)
     trainer.add_callback(Lose)
     trainer.train()
     assert trainer.state.epoch == 4
@@ -219,3 +224,28 @@ def test_a_network_lost_while_training_costs_no_metric_and_little_time(notebook,
     assert next(row["test/accuracy"] for row in history if "test/accuracy" in row) == 0.75
     captured = capfd.readouterr()
     assert KEY not in captured.out + captured.err
+
+
+def test_when_the_process_of_w_and_b_dies_training_goes_on_without_it(notebook, tmp_path, monkeypatch, capsys, tiny_config, qlora_model, offline_model, sentences):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    started, _ = notebook.start_wandb("project", {}, {"WANDB_MODE": "offline"})
+    killed = []
+
+    class Kill(notebook.TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.epoch == 1:
+                own = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"], capture_output=True, text=True).stdout.split()
+                for process in own:
+                    os.kill(int(process), signal.SIGKILL)
+                killed.extend(own)
+
+    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
+    splits = notebook.tokenize_reviews(notebook.split_reviews(sentences.sample(80, random_state=0), 0.1, 0.1, 0), tokenizer, 32)
+    config = dataclasses.replace(tiny_config, num_train_epochs=3.0, early_stopping_patience=9)
+    trainer = notebook.make_main_trainer(config, qlora_model, tmp_path / "checkpoints", tokenizer, splits, to_wandb=True)
+    trainer.add_callback(Kill)
+    trainer.train()
+    assert started and killed and trainer.state.epoch == 3
+    assert sum("eval_accuracy" in line for line in trainer.state.log_history) == 3
+    assert capsys.readouterr().out.count("W&B: the log ends here") == 1
+    assert "at the end" in notebook.log_test_to_wandb({"accuracy": 0.5, "f1_weighted": 0.5}, str(tmp_path / "no-such.png"))
