@@ -723,7 +723,8 @@ def analyse(done: dict[str, list[dict]], margins: dict[str, np.ndarray], labels:
     accuracy, interval = notebook.mean_over_seeds(together == test)
     calibrations = [notebook.calibration(test, logits["test"]) for logits in recommended]
     pooled = notebook.calibration(np.tile(test, len(recommended)), np.concatenate([logits["test"] for logits in recommended]))
-    lengths = {name: notebook.accuracy_by_length(predictions[name] == test, token_counts, [128, 256, 512]) for name in ("recommended", full, "tfidf_nb_svm")}
+    compared = [name for name in ("recommended", full, "recommended, 512 tokens", "tfidf_nb_svm") if name in predictions]
+    lengths = {name: notebook.accuracy_by_length(predictions[name] == test, token_counts, [128, 256, 512]) for name in compared}
     return {
         "full_finetuning": full,
         "comparisons": [{"recipe": first, "against": second} | compare(predictions[first], predictions[second], test) for first, second in pairs],

@@ -107,7 +107,7 @@ def test_the_road_leads_from_the_defaults_to_the_recommended_recipe(notebook):
 def test_no_two_variants_are_the_same(notebook):
     for variants in (measure.all_variants(), measure.searched()):
         assert len({each.name for each in variants}) == len(variants)
-        settings = [(str(dataclasses.asdict(measure.variant_config(notebook.Config(), each, 1))), each.full, each.loraplus) for each in variants]
+        settings = [(str(dataclasses.asdict(measure.variant_config(notebook.Config(), each, 1))), each.full, each.loraplus, each.four_bit) for each in variants]
         assert len(set(settings)) == len(variants)
 
 

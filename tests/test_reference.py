@@ -270,7 +270,8 @@ def test_the_tables_of_rivals_are_the_reference(recipes, comparisons, notebook_t
         assert f"| {label} | {percents(row)} | {gain(beside)} |" in README, label
         published = recipes[f"{name}, published splits"]
         assert f"| {label if name != full else rivals[full]} | {percents(published)} |" in notebook_text
-    assert f"| recommended | {percents(recipes['recommended, published splits'])} |" in notebook_text
+    for name in ("mission", "recommended"):
+        assert f"| {name} | {percents(recipes[f'{name}, published splits'])} |" in notebook_text
     assert f"recommended {percents(recipes['recommended, published splits'])}, full fine-tuning {percents(recipes[f'{full}, published splits'])}, `tfidf_nb_svm` {percents(recipes['tfidf_nb_svm, published splits'])}" in README
     assert f"| QLoRA, the mission's recipe (the default) | {percents(recipes['mission'])} | {gain(comparisons['recommended', 'mission'])} |" in README
     assert f"| QLoRA, recommended (`QLORA_RECIPE=recommended`) | {percents(recipes['recommended'])} | |" in README
@@ -308,14 +309,18 @@ def test_the_texts_say_what_the_comparisons_allow(recipes, comparisons):
     for name in (read("h100-all-minilm/recipes.json")["full_finetuning"], "tfidf_nb_svm"):
         low, high = comparisons["recommended", name]["gain_ci95"]
         assert low < 0 < high and all(test["p_value"] > 0.05 for test in comparisons["recommended", name]["mcnemar"])
-    above = {row["recipe"] for (_, against), row in comparisons.items() if row["gain_ci95"][0] > 0 and against not in ("mission", "tfidf_logreg")}
+    steps = [variant.name for variant in measure.road()]
+    above = {name for name, before in zip(steps[1:], steps) if comparisons[name, before]["gain_ci95"][0] > 0}
     assert above == {"half of the tokens from the end", "adapters on all linear layers"}  # "two steps have intervals that leave zero out"
+    for rival in ("full_finetuning 5e-05, 512 tokens", "tfidf_nb_svm"):
+        low, high = comparisons["recommended, 512 tokens", rival]["gain_ci95"]
+        assert low < 0 < high
 
 
 def test_the_table_of_lengths_and_the_ensemble_are_the_reference(notebook_text):
     measured = read("results.json")
     full = read("h100-all-minilm/recipes.json")["full_finetuning"]
-    for rows in zip(*(measured["accuracy_by_length"][name] for name in ("recommended", full, "tfidf_nb_svm"))):
+    for rows in zip(*(measured["accuracy_by_length"][name] for name in ("recommended", full, "recommended, 512 tokens", "tfidf_nb_svm"))):
         first, last = rows[0]["from_tokens"], rows[0]["to_tokens"]
         span = f"{first} to {last}" if last else f"{first} and more"
         assert f"| {span} | {rows[0]['n']} | {' | '.join(map(percents, rows))} |" in notebook_text
@@ -342,10 +347,38 @@ def test_the_mistakes_that_were_read_are_those_of_the_table(recipes, notebook_te
 
 
 def test_full_fine_tuning_is_that_of_the_validation_split(recipes, notebook_text):
+    """Of two learning rates and three truncations."""
     measured = read("h100-all-minilm/recipes.json")
-    rates = {row["recipe"]: row["validation_accuracy"] for row in measured["recipes"] if row["recipe"] in ("full_finetuning 5e-05", "full_finetuning 3e-05")}
-    assert len(rates) == 2 and measured["full_finetuning"] == max(rates, key=rates.get)
-    assert f"ahead of 3e-5 by {100 * (max(rates.values()) - min(rates.values())):.2f} points" in notebook_text
+    tried = {row["recipe"]: row["validation_accuracy"] for row in measured["recipes"] if row["recipe"].startswith("full_finetuning") and row["settings"]["layout"] == "pooled" and row["settings"]["max_length"] == 256}
+    assert len(tried) == 4 and measured["full_finetuning"] == max(tried, key=tried.get)
+    assert {row["settings"]["tail_share"] for row in measured["recipes"] if row["recipe"] in tried} == {0, 0.25, 0.5}
+    rates = [tried[f"full_finetuning {rate}"] for rate in ("5e-05", "3e-05")]
+    assert f"ahead of 3e-5 by {100 * (rates[0] - rates[1]):.2f} points" in notebook_text
+    shares = [100 * tried[f"full_finetuning 5e-05{cut}"] for cut in ("", ", tail 0.25", ", tail 0")]
+    assert "({:.1f}; a quarter {:.1f}, none {:.1f})".format(*shares) in notebook_text
+
+
+def test_single_changes_and_512_tokens_are_the_reference_s(recipes, comparisons, notebook_text):
+    fused = "recommended, 32-bit fused AdamW"
+    for name, against, label in [
+        (fused, "recommended", "AdamW in 32 bits, fused"),
+        (f"{fused}, 16-bit base", fused, "and the base in 16 bits instead of 4"),
+        (f"{fused}, rank-stabilised at 3e-4", fused, "rank-stabilised scaling, at 3e-4"),
+        (f"{fused}, LoRA+ 4 at 4e-4", fused, "LoRA+ with a ratio of 4, at 4e-4"),
+        ("mission, 512 tokens", "mission", "mission"),
+        ("recommended, 512 tokens", "recommended", "recommended"),
+        ("full_finetuning 5e-05, 512 tokens", "full_finetuning 5e-05", "full fine-tuning at 5e-5"),
+    ]:
+        assert f"| {label} | {percents(recipes[name])} | {gain(comparisons[name, against])} |" in notebook_text, label
+        assert len(recipes[name]["seeds"]) == 3
+    long = "recommended, 512 tokens"
+    against = gain(comparisons[long, "full_finetuning 5e-05, 512 tokens"]), gain(comparisons[long, "tfidf_nb_svm"])
+    assert "is {} points from full fine-tuning and {} above `tfidf_nb_svm`".format(*against) in notebook_text
+    four_bit = comparisons[f"{fused}, 16-bit base", fused]
+    assert f"{-four_bit['gain']:.1f} points lower {points(four_bit['gain_ci95'], 1, '+')}" in notebook_text  # in one minute
+    assert f"finds {gain(four_bit).replace(' [', ' points [')} in favour of the 4 bits" in notebook_text  # section 6
+    seconds = {name: [f"{each:.0f}" for each in sorted(recipes[name]["seconds"])] for name in (fused, "recommended")}
+    assert f"takes {seconds[fused][0]} s a run where the 8-bit one took {seconds['recommended'][0]} to {seconds['recommended'][-1]}" in notebook_text
 
 
 def test_the_scaling_is_the_reference_s(notebook_text):

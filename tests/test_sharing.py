@@ -128,7 +128,7 @@ def test_any_text_is_shown_as_it_is_or_refused(notebook, bag, tokenizer, text):
 
 def test_the_sign_is_told_by_more_than_colour(notebook):
     for evidence, sign in ((1.5, "+1.50"), (-1.5, "-1.50")):
-        assert Page(notebook.word_html("word", evidence, 1.5)).said == "word" + sign
+        assert Page(notebook.word_html("word", evidence, 1.5)).said == "word\u2060" + sign  # no line breaks between them
     assert Page(notebook.word_html("word", 0.1, 1.5)).said == "word"
 
 
