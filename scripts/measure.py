@@ -2,6 +2,7 @@
 
     python scripts/measure.py speed                        methods, ladder and arithmetic floor, bert-base shapes
     python scripts/measure.py memory                       what each ingredient saves, and growth, bert-base shapes
+    python scripts/measure.py overview                     memory and speed of the methods whose accuracy "recipes" and "accuracy" tell
     python scripts/measure.py batches                      the largest batches that fit into 4, 8 and 16 GB, bert-base shapes
     python scripts/measure.py accuracy --seeds 1 2 3       the full recipe, trained and tested once for each seed
     python scripts/measure.py embeddings --seeds 1 2 3     lean execution with 16-bit and with 4-bit word embeddings, the full recipe
@@ -269,6 +270,24 @@ def memory(config, out: Path) -> None:
         write(out, "memory.json", config, results)
         figure = notebook.plot_growth(growth, config.max_length, notebook.growth_batch(config))
         notebook.save_figure(figure, str(out), "memory_growth.png")
+
+
+def overview(config, out: Path) -> None:
+    """Measure memory and speed of full fine-tuning, and of QLoRA by the mission's recipe and by the recommended one, with the model and the reviews of the
+    settings, and write ``overview.json``."""
+    tokenizer, _, tokenized = load_data(config)
+    methods, rows = notebook.efficiency_methods(), []
+    names = {"mission": ["full_fp16", "qlora_plain", "qlora_lean", "qlora_fast"], "recommended": ["qlora_plain", "qlora_lean", "qlora_fast"]}
+    for recipe, chosen in names.items():
+        run = dataclasses.replace(config, **notebook.recipe_values(recipe))
+        _, head = inspect(run)
+        if not rows:
+            notebook.build_qlora(notebook.carried_out(run), head)  # the first model on a GPU is slow
+        measured = measure_methods(methods.loc[chosen], run, head, tokenizer, tokenized["train"])
+        rows += [{"recipe": recipe} | row for row in measured]
+    settings = {"model": Path(config.model_name).name, "tokens": config.max_length, "steps": config.efficiency_steps}
+    batch = [config.per_device_train_batch_size, config.gradient_accumulation_steps]
+    write(out, "overview.json", config, settings | {"batch": batch, "efficiency": rows})
 
 
 def batches(config, out: Path) -> None:
@@ -847,7 +866,7 @@ def mistakes(config, out: Path, seed: int = 1, n: int = 50) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"speed": speed, "memory": memory, "batches": batches, "accuracy": accuracy, "embeddings": embeddings, "ranks": ranks}
+    commands = {"speed": speed, "memory": memory, "overview": overview, "batches": batches, "accuracy": accuracy, "embeddings": embeddings, "ranks": ranks}
     commands |= {"baselines": baselines, "recipes": recipes, "search": search, "mistakes": mistakes}
     on_a_cpu = ("baselines", "mistakes")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -861,7 +880,7 @@ if __name__ == "__main__":
     quiet()
     config, _ = notebook.resolve_config(DEFAULTS | dict(os.environ), cuda=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.what in ("speed", "memory", "batches", *on_a_cpu):
+    if arguments.what in ("speed", "memory", "overview", "batches", *on_a_cpu):
         commands[arguments.what](config, arguments.out)
     else:
         commands[arguments.what](config, arguments.seeds, arguments.workers, arguments.out)

