@@ -512,9 +512,9 @@ def train_apart(bert: str, folder: str, tokenizer, tokenized, execution: str, mi
     return {"before": before.numpy(), "after": trained(model).numpy(), "lines": lines, "batch": batch, "steps": steps, "reserved": reserved}
 
 
-# fast, as seen on an H100: the step is halved, but then no validation fits beside what the recordings hold.
+# fast ended on an H100 in its validation: "not even one review of the validation fits". Why is not traced yet.
 @needs_gpu
-@pytest.mark.parametrize("execution", ["plain", pytest.param("fast", marks=pytest.mark.xfail(reason="recordings are kept while validating", strict=True))])
+@pytest.mark.parametrize("execution", ["plain", pytest.param("fast", marks=pytest.mark.xfail(reason="a validation of fast finds no room under the cap", strict=True))])
 def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows, execution):
     """The allocator gets what 16 texts need and 32 do not: the training ends in as many steps, of as many texts, at about the same adapters."""
     torch.manual_seed(0)

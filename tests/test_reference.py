@@ -374,7 +374,12 @@ def test_single_changes_and_512_tokens_are_the_reference_s(recipes, comparisons,
     long = "recommended, 512 tokens"
     against = gain(comparisons[long, "full_finetuning 5e-05, 512 tokens"]), gain(comparisons[long, "tfidf_nb_svm"])
     assert "is {} points from full fine-tuning and {} above `tfidf_nb_svm`".format(*against) in notebook_text
+    lengths = [percents(recipes[f"{name}, 512 tokens"]) for name in ("recommended", "full_finetuning 5e-05", "mission")]
+    assert "With 512 tokens, nothing else changed: recommended {}, full fine-tuning {}, the mission's recipe {};".format(*lengths) in README
     four_bit = comparisons[f"{fused}, 16-bit base", fused]
+    costs = gain(comparisons[fused, "recommended"]), gain(four_bit)
+    assert "{} points with AdamW in 32 bits instead, and {} with a base in 16 bits beside that".format(*costs) in README
+    assert f"may cost up to {four_bit['gain_ci95'][1]:.1f} points, the other {comparisons[fused, 'recommended']['gain_ci95'][1]:.1f}" in notebook_text
     assert f"{-four_bit['gain']:.1f} points lower {points(four_bit['gain_ci95'], 1, '+')}" in notebook_text  # in one minute
     assert f"finds {gain(four_bit).replace(' [', ' points [')} in favour of the 4 bits" in notebook_text  # section 6
     seconds = {name: [f"{each:.0f}" for each in sorted(recipes[name]["seconds"])] for name in (fused, "recommended")}
@@ -430,6 +435,15 @@ def test_the_road_is_that_of_the_search_and_of_the_test_split(notebook, notebook
     full, recommended = (100 * recipes[name]["validation_accuracy"] for name in ("full_finetuning", "recommended"))
     assert f"ahead by {full - recommended:.1f} points, {full:.1f} to {recommended:.1f};" in " ".join(notebook_text.split())
     assert accuracy(measure.road()[-1]) == max(value for (name, _), value in runs.items() if not name.startswith("full"))  # chosen on the validation split
+
+
+def test_the_short_trainings_that_failed_are_told(notebook_text):
+    run = read("h100-all-minilm/results.json")
+    rows = [*run["rank_sensitivity"], *run["adapted_modules"][1:]]
+    accuracy = {(row.get("modules", "query, value"), row["rank"]): row["accuracy"] for row in rows if row["accuracy"] is not None}
+    learned = [f"{100 * accuracy['query, value', rank]:.1f}" for rank in (1, 16)]
+    assert "ranks 1 and 16 came to {} and {} %".format(*learned) in notebook_text
+    assert all(abs(accuracy[each] - 0.5) < 0.01 for each in [("query, value", 4), ("all of attention", 16), ("all linear layers", 16)]) and len(accuracy) == 5
 
 
 def test_what_bought_nothing_is_told_with_its_figures(notebook_text):
