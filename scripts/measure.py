@@ -7,6 +7,7 @@
     python scripts/measure.py accuracy --seeds 1 2 3       the full recipe, trained and tested once for each seed
     python scripts/measure.py embeddings --seeds 1 2 3     lean execution with 16-bit and with 4-bit word embeddings, the full recipe
     python scripts/measure.py ranks --seeds 1 2 3          LoRA ranks and adapted modules, section 11 of the notebook
+    python scripts/measure.py short --seeds 1 2 3          section 11's short trainings as the full profile has them, and in steps of 8 reviews
     python scripts/measure.py recipes --seeds 1 2 3        the road from the mission's recipe to the recommended one, and its rivals
     python scripts/measure.py baselines                    the bags of words, on both layouts of the data set; needs no GPU
     python scripts/measure.py mistakes                     fifty mistakes of the recommended recipe, to read; needs no GPU, but what recipes wrote
@@ -404,13 +405,16 @@ def embeddings(config, seeds: list[int], workers: int, out: Path) -> None:
     print(json.dumps(difference), flush=True)
 
 
-def train_at_rank(config, modules: list[str], r: int, seed: int):
-    """Return ``right_answers`` of one training of section 11."""
+def train_at_rank(config, modules: list[str], r: int, seed: int, reviews: int | None = None):
+    """Return ``right_answers`` of one training of section 11, on ``reviews`` of the training split, or on all."""
     tokenizer = notebook.load_tokenizer(config.model_name, config.model_revision)
     _, head = inspect(config)
     notebook.release_memory()
     config = dataclasses.replace(config, target_modules=modules)
-    right = notebook.right_answers(config, head, tokenizer, tokenized["train"], splits["validation"], r, seed)
+    train = tokenized["train"]
+    if reviews:
+        train = train.shuffle(seed=notebook.Config.seed).select(range(reviews))
+    right = notebook.right_answers(config, head, tokenizer, train, splits["validation"], r, seed)
     print(len(modules), r, seed, right.mean(), flush=True)
     return right
 
@@ -437,6 +441,30 @@ def ranks(config, seeds: list[int], workers: int, out: Path) -> None:
         write(out, f"ranks-{name}.json", config, settings | {"rank_sensitivity": rank_sensitivity, "adapted_modules": adapted_modules})
         figure = notebook.plot_ranks(rank_sensitivity, adapted_modules, config.lora_r, config.rank_learning_rate)
         notebook.save_figure(figure, str(out), f"lora_rank_sensitivity-{name}.png")
+
+
+def short(config, seeds: list[int], workers: int, out: Path) -> None:
+    """Train section 11's ranks and modules on as few reviews as the full profile does, in steps of 8 reviews (one epoch) and as it has them; write ``short.json``."""
+    defaults = notebook.Config()
+    config = dataclasses.replace(config, rank_learning_rate=defaults.rank_learning_rate, ranks=defaults.ranks)
+    config = notebook.carried_out(config)
+    reviews, steps = defaults.rank_train_samples, ((8, 1.0), (defaults.rank_batch_size, defaults.rank_epochs))
+    architecture, _ = inspect(config)
+    choices = notebook.module_choices(architecture, config)
+    first = next(iter(choices))
+    runs = [(first, r) for r in config.ranks] + [(target, config.lora_r) for target in choices if target != first]
+    kinds = [(batch, epochs, target, r) for batch, epochs in steps for target, r in runs]
+    configs = {size: dataclasses.replace(config, rank_batch_size=size[0], rank_epochs=size[1]) for size in steps}
+    jobs = [(configs[batch, epochs], choices[target], r, seed, reviews) for batch, epochs, target, r in kinds for seed in seeds]
+    answers = list(in_workers(train_at_rank, jobs, config, workers))
+    rows = []
+    for index, (batch, epochs, target, r) in enumerate(kinds):
+        scores = [float(answer.mean()) for answer in answers[index * len(seeds) : (index + 1) * len(seeds)]]
+        rows.append({"batch": batch, "epochs": epochs, "modules": target, "rank": r, "accuracy": scores})
+    settings = {"model": Path(config.model_name).name, "execution": config.execution, "sampling": config.train_sampling_strategy, "train_reviews": reviews}
+    settings |= {"learning_rate": config.rank_learning_rate, "validation_reviews": len(answers[0]), "seeds": seeds}
+    write(out, "short.json", config, settings | {"trainings": rows})
+    print(json.dumps(rows), flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -866,7 +894,7 @@ def mistakes(config, out: Path, seed: int = 1, n: int = 50) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"speed": speed, "memory": memory, "overview": overview, "batches": batches, "accuracy": accuracy, "embeddings": embeddings, "ranks": ranks}
+    commands = {"speed": speed, "memory": memory, "overview": overview, "batches": batches, "accuracy": accuracy, "embeddings": embeddings, "ranks": ranks, "short": short}
     commands |= {"baselines": baselines, "recipes": recipes, "search": search, "mistakes": mistakes}
     on_a_cpu = ("baselines", "mistakes")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -214,11 +214,8 @@ def recorded_on_cpu(trainer, log):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stand-in for machines without a GPU")
-def test_replayed_steps_train_the_same_adapters(still_bert, tmp_path, tokenizer, rows, monkeypatch):
+def test_replayed_steps_train_the_same_adapters(still_bert, tmp_path, tokenizer, rows, streams):
     results, replays = [], []
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, stand_in in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda stream: nullcontext(), "synchronize": lambda: None}.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
     for replay in (False, True):
         grouped = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 3}
         trainer = make_trainer(config_for(still_bert, tmp_path, "fast"), tokenizer, rows.select(range(94)), **grouped)
@@ -276,6 +273,90 @@ def test_a_step_that_cannot_be_recorded_is_trained_as_usual(still_bert, tmp_path
     said = [line for line in capsys.readouterr().out.splitlines() if "recorded" in line]
     assert said == ["Steps are not recorded as CUDA graphs (operation not permitted when stream is capturing); training goes on without."]
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-9)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Let what a ``GraphTrainer`` does with CUDA streams do nothing, on a CPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda stream: nullcontext(), "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def train_within_memory(config, tokenizer, rows, prepare) -> tuple:
+    """Train three epochs of 32 texts by ``train_within_memory``, each Trainer first handed to ``prepare``; return the Trainer and its log of losses and validations."""
+    config = dataclasses.replace(config, num_train_epochs=3.0, per_device_eval_batch_size=8, early_stopping_patience=9)
+    tokenized = nb.DatasetDict(train=rows.select(range(32)), validation=rows.select(range(32, 48)))
+    folder, model = Path(config.output_dir) / "run", nb.build_qlora(config, ["classifier"])
+
+    def make(config):
+        trainer = nb.make_main_trainer(config, model, folder, tokenizer, tokenized)
+        prepare(trainer)
+        return trainer
+
+    trainer, _ = nb.train_within_memory(make, config, folder)
+    return trainer, [row.get("loss", row.get("eval_loss")) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-in for machines without a GPU")
+def test_a_validation_that_finds_no_room_gets_that_of_the_recordings(still_bert, tmp_path, tokenizer, rows, capsys, monkeypatch, streams):
+    """Recorded steps are given up before the validation's own batch is halved, and recorded anew. (Its second start draws one random number more, so later epochs come in another order.)"""
+    config, replays, recordings = config_for(still_bert, tmp_path / "a", "fast"), [], []
+    _, usual = train_within_memory(config, tokenizer, rows, lambda trainer: recorded_on_cpu(trainer, replays))
+    predict = nb.Trainer.prediction_step
+
+    def prediction_step(self, *args, **kwargs):
+        recordings.append(len(self.recorded))
+        if self.recorded:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(nb.Trainer, "prediction_step", prediction_step)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "b"))
+    trainer, log = train_within_memory(config, tokenizer, rows, lambda trainer: recorded_on_cpu(trainer, replays))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "memory ran out" in line]
+    assert lines and set(lines) == {"The GPU's memory ran out in a validation: recorded steps are given up for it, and recorded anew after it."}
+    assert len(lines) == sum(bool(each) for each in recordings) >= 2  # after the first time, recorded again
+    assert trainer.args.per_device_eval_batch_size == 8 and trainer.records
+    assert log[:5] == usual[:5] and len(log) == len(usual) == 15  # an epoch of 4 steps and its validation, of 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-in for machines without a GPU")
+def test_a_recording_that_finds_no_room_halves_the_micro_batch(still_bert, tmp_path, tokenizer, rows, capsys, streams):
+    """8 x 1 texts cannot be recorded for want of memory, 4 x 2 can: as many texts a step, and about the same adapters."""
+    config, replays, trainers = config_for(still_bert, tmp_path / "a", "fast"), [], []
+    _, usual = train_within_memory(config, tokenizer, rows, lambda trainer: recorded_on_cpu(trainer, replays))
+    replays.clear()
+
+    def prepare(trainer):
+        recorded_on_cpu(trainer, replays)
+        record = trainer.record
+        trainers.append(trainer.args.per_device_train_batch_size)
+
+        def crowded(model, inputs):
+            if len(inputs["input_ids"]) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 is full.")
+            return record(model, inputs)
+
+        trainer.record = crowded
+
+    trainer, log = train_within_memory(dataclasses.replace(config, output_dir=str(tmp_path / "b")), tokenizer, rows, prepare)
+    said = capsys.readouterr().out
+    assert "The GPU's memory ran out: 4 x 2 reviews a step from here on, instead of 8 x 1." in said and "goes on without" not in said
+    assert trainers == [8, 4] and trainer.records and trainer.state.global_step == 12 and {shape[0] for shape in replays} == {4}
+    assert len(log) == 15 and log == pytest.approx(usual, abs=1e-4) and log != pytest.approx(usual[1:] + usual[:1], abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-in for machines without a GPU")
+def test_one_text_that_cannot_be_recorded_for_want_of_memory_is_trained_as_usual(still_bert, tmp_path, tokenizer, rows, capsys):
+    def full(model, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 is full.")
+
+    config = dataclasses.replace(config_for(still_bert, tmp_path, "fast"), per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    trainer = make_trainer(config, tokenizer, rows.select(range(12)))
+    trainer.records, trainer.record = True, full
+    nb.Trainer.train(trainer)
+    assert "(CUDA out of memory); training goes on without." in capsys.readouterr().out and trainer.state.global_step == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stand-in for machines without a GPU")
@@ -512,9 +593,8 @@ def train_apart(bert: str, folder: str, tokenizer, tokenized, execution: str, mi
     return {"before": before.numpy(), "after": trained(model).numpy(), "lines": lines, "batch": batch, "steps": steps, "reserved": reserved}
 
 
-# fast ended on an H100 in its validation: "not even one review of the validation fits". Why is not traced yet.
 @needs_gpu
-@pytest.mark.parametrize("execution", ["plain", pytest.param("fast", marks=pytest.mark.xfail(reason="a validation of fast finds no room under the cap", strict=True))])
+@pytest.mark.parametrize("execution", ["plain", "lean", "fast"])
 def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows, execution):
     """The allocator gets what 16 texts need and 32 do not: the training ends in as many steps, of as many texts, at about the same adapters."""
     torch.manual_seed(0)
@@ -531,6 +611,10 @@ def test_on_a_gpu_that_is_full_the_micro_batch_halves(tmp_path, tokenizer, rows,
         cap_gb = (half["reserved"] + whole["reserved"]) / 2e9
         full = start(pool, 32, cap_gb).result()
     assert whole["reserved"] > 1.2 * half["reserved"] and not whole["lines"]
-    assert full["lines"][0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1." and len(full["lines"]) <= 2
+    halved = [line for line in full["lines"] if "in a validation" not in line]
+    if execution != "lean" or halved:  # lean gets by without: its recordings are given up for the validations
+        assert halved[0] == "The GPU's memory ran out: 16 x 2 reviews a step from here on, instead of 32 x 1." and len(halved) <= 2
     assert full["batch"][0] * full["batch"][1] == 32 and full["steps"] == whole["steps"] == 10 and full["reserved"] <= 1e9 * cap_gb
-    assert np.linalg.norm(full["after"] - whole["after"]) < 0.1 * np.linalg.norm(whole["after"] - whole["before"])
+    # A validation that was started twice drew one random number more, and the texts of the second epoch came in another order.
+    allowed = 0.1 if full["lines"] == halved else 0.5
+    assert np.linalg.norm(full["after"] - whole["after"]) < allowed * np.linalg.norm(whole["after"] - whole["before"])

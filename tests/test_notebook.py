@@ -107,4 +107,4 @@ def test_nothing_local_or_private_is_in_it(committed):
 
 def test_every_executed_figure_is_saved_in_it(committed):
     pictures = [output for cell in committed.cells if cell.cell_type == "code" for output in cell.outputs if "image/png" in (output.get("data") or {})]
-    assert len(pictures) == 9
+    assert len(pictures) == 10  # on a GPU; the ladder's is missing without one
