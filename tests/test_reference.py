@@ -6,6 +6,7 @@ import re
 import measure
 import nbformat
 import numpy as np
+import plot_overview
 import pytest
 from collect_reference import collect
 from conftest import NOTEBOOK, ROOT
@@ -474,3 +475,20 @@ def test_the_speed_of_inference_is_the_reference_s(notebook_text):
     words = "{:,.0f} reviews/s with the recommended recipe's adapters on 4-bit weights, {:,.0f} merged in fp16, {:,.0f} merged in fp32, and {:,.0f} merged in fp32 on its CPU"
     order = [("adapter on 4-bit", "cuda"), ("merged, fp16", "cuda"), ("merged, fp32", "cuda"), ("merged, fp32", "cpu")]
     assert words.format(*(speeds[each] for each in order)) in " ".join(notebook_text.split())
+
+
+def test_the_first_figure_of_the_readme_is_the_reference_s():
+    table = plot_overview.rows()
+    run = {row["method"]: row for row in read("h100-all-minilm/results.json")["efficiency"]}
+    for place, method in enumerate(["full_fp16", "qlora_plain", "qlora_lean", "qlora_fast"]):
+        assert (table[place]["peak_mb"], table[place]["samples_per_second"], table[place]["apart"]) == (run[method]["peak_mb"], run[method]["samples_per_second"], False)
+    assert table[4]["apart"] and all(row["peak_mb"] is None and row["seconds"] > 0 for row in table[5:])
+    shown = {row["name"]: f"{row['accuracy']:.1f} [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]" for row in table if row["interval"]}
+    for name, line in (("QLoRA, recommended, fast", "recommended (`QLORA_RECIPE"), ("QLoRA, fast", "QLoRA, the mission"), ("full fine-tuning, fp16", "full fine-tuning, with a search"), ("bag of words, tfidf_nb_svm", "bag of words, `tfidf_nb_svm`")):
+        assert any(line in row and shown[name] in row for row in README.splitlines()), name
+    figure = plot_overview.draw(table)
+    drawn = {text.get_text() for axis in figure.axes for text in axis.texts}
+    assert {f"{row['accuracy']:.1f}" for row in table} <= drawn and {f"{run['qlora_fast']['samples_per_second']:,.0f}", "20 s in all, on a CPU"} <= drawn
+    lean, full, fast = run["qlora_lean"], run["full_fp16"], run["qlora_fast"]
+    ratio = fast["samples_per_second"] / full["samples_per_second"]
+    assert f"{lean['peak_mb'] / full['peak_mb']:.0%} of full fine-tuning's memory" in figure.get_suptitle() and f"fast: {ratio:.1f} times" in figure.get_suptitle()
