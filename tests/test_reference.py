@@ -455,6 +455,22 @@ def test_what_is_said_of_the_saved_run_is_in_its_results(notebook_text):
     run = read("h100-all-minilm/results.json")
     speed = {row["method"]: f"{row['samples_per_second']:.0f}" for row in run["efficiency"]}
     assert f"fp16 *slows* full fine-tuning, from {speed['full_fp32']} to {speed['full_fp16']} reviews/s" in notebook_text
+    saved = " ".join(output.get("text", "") for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs)
+    for line in ("1.1 points BELOW tfidf_logreg, interval -2.5 to +0.4", "3.3 points BELOW tfidf_nb_svm, interval -4.7 to -1.8", "against QLoRA alone: +3.6 points", "against tfidf_nb_svm alone: +0.3 points, -0.6 to +1.2"):
+        assert line in saved
+    assert "QLoRA is 1.1 points below the first bag of words, which these reviews cannot tell from zero, and 3.3 below the second" in notebook_text
+    assert "3.6 points better than QLoRA alone; that they are better than the second bag of words alone is not shown (+0.3 points, -0.6 to +1.2)" in notebook_text
+    bins, lengths = run["calibration"]["bins"], run["accuracy_by_length"]
+    assert f"off by {100 * run['calibration']['ece']:.1f} points on average" in notebook_text
+    assert f"{bins[-1]['n']:,} of its {run['test']['n']:,} answers claim more than 95 %, and of those {100 * bins[-1]['accuracy']:.1f} % are right" in notebook_text
+    assert all(each["accuracy"] < each["confidence"] for each in bins if 0.75 < each["confidence"] < 0.9)
+    assert f"shortest quarter of the reviews {100 * lengths[0]['accuracy']:.1f} % are right, of the longest, of which at most 256 tokens were read, {100 * lengths[-1]['accuracy']:.1f} %" in notebook_text
+    memory = {row["method"]: {key: round(value) for key, value in row.items() if key.endswith("_mb")} for row in run["efficiency"]}
+    plain, full = memory["qlora_plain"], memory["full_fp16"]
+    words = f"plain QLoRA peaks at {plain['peak_mb']} MB, a third of the {full['peak_mb']} of full fine-tuning in fp16: {plain['activations_mb']} are activations, {plain['workspaces_mb']} workspaces, and {plain['weights_mb']} weights"
+    assert words in notebook_text
+    (four_bits,) = [row for row in run["ingredients"] if row["ingredient"] == "4-bit weights"]
+    assert f"added last {four_bits['last_mb']:.0f} MB, and added to LoRA they *cost* {-four_bits['alone_mb']:.0f}" in notebook_text
     assert f"one clean run of the full profile on an H100, which took {run['provenance']['wall_seconds']:.0f} s" in notebook_text
 
 
