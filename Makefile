@@ -1,11 +1,11 @@
 # make run    install what is needed into .venv and execute the notebook, top to bottom
-# make test   the same, with the test tools, and run all tests
+# make test   the same, with the test tools: lint, check the format, and run all tests
 # make clean  remove .venv and what runs have written (the reference run stays)
 
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TOOLS = nbclient ipykernel
-TEST_TOOLS = pytest hypothesis nbformat nbconvert papermill
+TEST_TOOLS = pytest hypothesis nbformat nbconvert papermill ruff
 
 .PHONY: run test clean
 
@@ -13,7 +13,9 @@ run: .venv/.run-installed
 	.venv/bin/python scripts/run_notebook.py
 
 test: .venv/.test-installed
-	.venv/bin/python -m pytest tests
+	.venv/bin/ruff check --quiet .
+	.venv/bin/ruff format --check --quiet .
+	.venv/bin/python -m pytest
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 run" if v < (3, 10) else 0)'

@@ -32,7 +32,7 @@ MODEL_FILES = {  # name: sha256
 }
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 REVIEWS_ARCHIVE_SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
-REVIEWS_FILES = {"reviews.csv": "384764e88171376e233d16a2f146fc66427e85cc6ad61d024457a95b6ccf2bca"}  # as written by prepare_reviews
+REVIEWS_FILES = {"reviews.csv": "6ac2aa3162f35b4fa26e59d92b0d8cabce4b480394570c1edf73dc093e6f8626"}  # as written by prepare_reviews
 
 
 def cache_dir() -> Path:
@@ -95,7 +95,7 @@ def prepare_reviews(package: Path, folder: Path) -> None:
         for line in filter(None, lines):
             _, rating, text = line.split("\t")
             if float(rating) != 0:
-                writer.writerow([text, int(float(rating) > 0)])
+                writer.writerow([text, "positive" if float(rating) > 0 else "negative"])
 
 
 def ensure(name: str, files: dict[str, str], package: str, kind: str, prepare) -> Path:

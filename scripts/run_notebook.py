@@ -1,7 +1,7 @@
 """Execute the notebook top to bottom with its progress in the terminal, on real input: what ``make run`` runs.
 
 Where the Hugging Face Hub answers, the notebook fetches its own model and data. Where it does not, the offline assets stand in, with the demo
-profile. Settings (``QLORA_*``) of the environment or of ``.env`` win over both.
+preset. Settings (``QLORA_*``) of the environment or of ``.env`` win over both.
 """
 
 import json
@@ -42,44 +42,51 @@ def with_home(path: Path) -> str:
 
 
 def use_offline_assets(environ: MutableMapping[str, str]) -> None:
-    """Let the notebook run without the Hub: the demo profile, on the offline assets, unless ``environ`` names others."""
-    environ.setdefault("QLORA_PROFILE", "demo")
+    """Let the notebook run without the Hub: on the offline assets, with the demo preset, where `environ` names no others."""
+    environ.setdefault("QLORA_PRESET", "demo")
     if not environ.get("QLORA_MODEL_NAME"):
         environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
     if not environ.get("QLORA_DATASET_NAME"):
         environ["QLORA_DATASET_NAME"] = with_home(offline_assets.ensure_reviews())
+        environ.setdefault("QLORA_MAX_TRAIN_SAMPLES", "2500")  # the demo's cap, which an own data set does not have
 
 
 class ProgressClient(NotebookClient):
-    """Execute a notebook, printing each cell as it starts, what it prints, and its progress bars."""
+    """Execute a notebook, printing each cell as it starts, what it prints, and its progress bars; time its sections."""
 
     last_bar = 0.0
 
     def announce(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
-        """Print the heading above a code cell, and the cell's number and first line."""
-        for before in reversed(self.nb.cells[:cell_index]):
-            if before.cell_type == "code":
-                break
-            for heading in re.findall(r"^## (.+)$", before.source, flags=re.MULTILINE):
-                print(f"\n== {heading}")
+        """Print the heading above a code cell, and the cell's number and first line; note when a section begins."""
+        before = [each.source for each in self.nb.cells[:cell_index] if each.cell_type == "markdown"]
+        heading = (re.findall(r"^## (.+)$", "\n".join(before), flags=re.MULTILINE) or [""])[-1]
+        if heading not in self.begun:
+            self.begun[heading] = time.monotonic()
+            print(f"\n== {heading}")
         numbers = [index for index, each in enumerate(self.nb.cells) if each.cell_type == "code"]
-        first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")), "")
-        print(f"[{numbers.index(cell_index) + 1:>3}/{len(numbers)}] {first[:100]}", flush=True)
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        print(f"[{numbers.index(cell_index) + 1:>2}/{len(numbers)}] {lines[0].removeprefix('# @title ')[:100]}", flush=True)
+
+    def seconds(self) -> dict[str, float]:
+        """Return how long each section took, by its name; a section whose end was not reached is missing."""
+        begun = list(self.begun.items())
+        return {name: end - start for (name, start), (_, end) in zip(begun, begun[1:])}
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
         if msg["msg_type"] == "stream":
             print(content["text"], end="", flush=True)
-        elif msg["msg_type"] in ("display_data", "update_display_data") and "<progress" in content["data"].get("text/html", ""):
-            bar = re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", content["data"]["text/html"]))
+        elif msg["msg_type"] in ("display_data", "update_display_data"):
+            shown = content["data"].get("text/html", "")
+            bar = re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", shown)) if "<progress" in shown else None
             if bar and time.monotonic() - self.last_bar > 10:
                 self.last_bar = time.monotonic()
                 print("      " + " ".join(bar.group().split()), flush=True)
         return super().process_message(msg, cell, cell_index)
 
 
-def execute(notebook: Path, executed: Path, folder: Path) -> None:
-    """Execute ``notebook`` in ``folder`` and write it with its outputs to ``executed``, also when a cell fails.
+def execute(notebook: Path, executed: Path, folder: Path) -> dict[str, float]:
+    """Execute `notebook` in `folder`, write it with its outputs to `executed`, also when a cell fails, and return the seconds of each section.
 
     Raises:
         SystemExit: a cell failed; the message is the cell's error.
@@ -87,7 +94,7 @@ def execute(notebook: Path, executed: Path, folder: Path) -> None:
     nb = nbformat.read(notebook, as_version=4)
     client = ProgressClient(nb, timeout=None, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}})
     client.extra_arguments = ["--log-level=ERROR"]  # the kernel warns that it speaks plain TCP, on this machine alone
-    client.on_cell_execute = client.announce
+    client.begun, client.on_cell_execute = {}, client.announce
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         client.execute()
@@ -95,6 +102,8 @@ def execute(notebook: Path, executed: Path, folder: Path) -> None:
         raise SystemExit(f"\n{error.ename}: {error.evalue}\nThe cells up to this one, with their outputs, are in {with_home(executed)}.") from None
     finally:
         nbformat.write(nb, executed)
+    client.begun["end"] = time.monotonic()
+    return client.seconds()
 
 
 def peak_memory_gb() -> float:
@@ -104,37 +113,41 @@ def peak_memory_gb() -> float:
 
 
 def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> str:
-    """Return what ``make run`` ends with: scores, training time and where everything is."""
+    """Return what `make run` ends with: scores, times and where everything is."""
 
     def line(name: str, scores: dict) -> str:
         low, high = scores["accuracy_ci95"]
-        return f"{name:<24}{scores['accuracy']:.1%}  (95 % interval {low:.1%} to {high:.1%})"
+        return f"{name:<24}{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}] of {results['test']['n']:,} test texts"
 
-    provenance = results["provenance"]
+    about, training = results["provenance"], results["training"]
     return "\n".join(
         [
-            f"\nProfile {provenance['profile']}: {provenance['model']} on {provenance['dataset']}, {provenance['device']}",
-            line("QLoRA, test accuracy", results["test"]),
-            *(line(f"{name}, the same", scores) for name, scores in results["baselines"].items()),
-            f"{'training':<24}{results['training']['seconds']:.0f} s for {results['training']['epochs']:g} epochs; the whole notebook {provenance['wall_seconds']:.0f} s and {peak_memory_gb():.1f} GB of memory",
-            f"{'plots and results.json':<24}{data_dir}/",
-            f"{'adapter':<24}{output_dir}/adapter/",
+            f"\n{about['model']} on {about['dataset']}, {about['device']}",
+            line("QLoRA adapter", results["test"]),
+            line("merged model", results["test_merged"]),
+            *(line(name, scores) for name, scores in results["baselines"].items()),
+            f"{'largest class':<24}{about['largest_class']:.1%}",
+            f"{'time':<24}{about['wall_seconds']:.0f} s, of it training {training['seconds']:.0f} s for {training['epochs']:g} epochs; {peak_memory_gb():.1f} GB",
+            f"{'results and plots':<24}{data_dir}/",
+            f"{'adapter, merged model':<24}{output_dir}/adapter/, {output_dir}/merged/",
             f"{'executed notebook':<24}{with_home(executed)}",
         ]
     )
 
 
 def main() -> None:
-    """Prepare the input, execute the notebook and print the summary."""
+    """Prepare the input, execute the notebook, add the sections' times to its results, and print the summary."""
     os.chdir(ROOT)
     load_dotenv(".env")
     if not hub_is_reached():
-        print("Without the Hugging Face Hub (HF_HUB_OFFLINE is set, or it does not answer): running on the offline assets.", flush=True)
+        print("Without the Hugging Face Hub (HF_HUB_OFFLINE is set, or it does not answer): on the offline assets.", flush=True)
         use_offline_assets(os.environ)
     output_dir, data_dir = os.environ.get("QLORA_OUTPUT_DIR") or "outputs", os.environ.get("QLORA_DATA_DIR") or "Data"
     executed = (ROOT / output_dir / NOTEBOOK).with_suffix(".executed.ipynb")
-    execute(ROOT / NOTEBOOK, executed, ROOT)
-    results = json.loads((ROOT / data_dir / "results.json").read_text(encoding="utf-8"))
+    seconds = execute(ROOT / NOTEBOOK, executed, ROOT)
+    path = ROOT / data_dir / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) | {"sections": {name: round(each, 1) for name, each in seconds.items()}}
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(summary(results, data_dir, output_dir, executed))
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from import_notebook import import_definitions  # noqa: E402
+from notebook_api import import_definitions  # noqa: E402
 
 
 def code_cells() -> list[nbformat.NotebookNode]:
@@ -35,47 +35,48 @@ def offline_model() -> str:
 
 @pytest.fixture(scope="session")
 def sentences(notebook):
-    """The real sentences as a cleaned table of ``text`` and ``label``."""
+    """The real sentences as a cleaned table of `text` and `label`."""
     import offline_assets
 
-    reviews, _ = notebook.clean_reviews(notebook.load_reviews(str(offline_assets.ensure_reviews())))
-    return reviews
+    (table,) = notebook.read_tables(str(offline_assets.ensure_reviews()))
+    return notebook.clean(notebook.pick_columns(table, "", ""))[0]
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory, offline_model) -> str:
-    """A folder with a BERT of 2 layers x 64 and random weights, with the real vocabulary; dropout off, so that runs can be compared."""
+    """A folder with a BERT of 2 layers x 64, random weights, the real vocabulary, and no dropout: runs can be compared."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny-bert")
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 128}
-    BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)).save_pretrained(folder)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertModel(BertConfig(max_position_embeddings=128, **shape, **still)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(offline_model).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def small_data(notebook, offline_model, sentences):
-    """A tokenizer, and tokens of 160 sentences for training and 20 for validation."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(offline_model)
-    splits = notebook.split_reviews(sentences.sample(200, random_state=0), 0.1, 0.1, 0)
-    return tokenizer, notebook.tokenize_reviews(splits, tokenizer, 32)
 
 
 @pytest.fixture
 def tiny_config(notebook, tiny_bert, tmp_path):
     """A configuration for the tiny BERT on a CPU that writes below the test's own folder."""
-    environ = {"QLORA_PROFILE": "full", "QLORA_MODEL_NAME": tiny_bert, "QLORA_MAX_LENGTH": "32", "QLORA_LORA_DROPOUT": "0", "QLORA_LORA_R": "4", "QLORA_LORA_ALPHA": "8"}
-    environ |= {"QLORA_OUTPUT_DIR": str(tmp_path / "outputs"), "QLORA_DATA_DIR": str(tmp_path / "Data"), "QLORA_OPTIM": "adamw_torch"}
-    return notebook.resolve_config(environ, cuda=False)[0]
+    settings = {"preset": "full", "model_name": tiny_bert, "max_length": 32, "lora_dropout": 0, "optim": "adamw_torch"}
+    settings |= {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "gradient_checkpointing": False}
+    settings |= {"output_dir": str(tmp_path / "outputs"), "data_dir": str(tmp_path / "Data")}
+    return notebook.resolve_config(settings, {}, cuda=False)[0]
+
+
+@pytest.fixture(scope="session")
+def task(notebook, offline_model):
+    """The tokenizer, two classes and the head of a BERT."""
+    from transformers import AutoTokenizer
+
+    return notebook.Task(AutoTokenizer.from_pretrained(offline_model), ["negative", "positive"], ["classifier"])
 
 
 @pytest.fixture
-def qlora_model(notebook, tiny_config):
-    """The tiny BERT in 4 bits with adapters, ready to train."""
-    base = notebook.load_classifier(tiny_config.model_name, tiny_config.seed, notebook.quantization_config(tiny_config, ["classifier"]))
-    return notebook.add_adapters(base, tiny_config, ["classifier"])
+def tokenized(notebook, tiny_config, task, sentences):
+    """Tokens of 160 sentences for training, 20 for validation and 20 for the test."""
+    splits = notebook.split_rows(sentences.sample(200, random_state=0), tiny_config)
+    tokens = {name: notebook.tokenize(split, task.tokenizer, tiny_config) for name, split in splits.items()}
+    return notebook.DatasetDict(tokens)

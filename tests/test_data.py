@@ -1,242 +1,429 @@
-"""Sections 3 to 5: reading, cleaning, splitting, tokens, baseline and scores."""
+"""Sections 3 and 4: whatever a user's data look like, the right table comes out, or the notebook says what is wrong."""
 
-import time
+import csv
+import gzip
+import io
+import json
+import traceback
+from collections import Counter
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import scipy
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
+from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 
-def write_csv(folder, **columns):
-    folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(columns).to_csv(folder / "reviews.csv", index=False)
-    return str(folder)
+def gather(notebook, path, text_column="", label_column=""):
+    """Do what section 3's cells do with a path."""
+    tables = notebook.read_tables(str(path))
+    picked = [notebook.pick_columns(table, text_column, label_column) for table in tables]
+    return notebook.clean(pd.concat(picked, ignore_index=True))
 
 
-@pytest.mark.parametrize(
-    ("text_name", "label_name", "labels"),
-    [("review", "sentiment", [1, 0]), ("text", "label", ["positive", "negative"]), ("text", "sentiment", ["Pos", " NEG "]), ("review", "label", [1.0, 0.0])],
+def answer(function, *args):
+    """Return what `function` returns, or the refusal of a notebook cell; anything else fails."""
+    try:
+        return function(*args), None
+    except (ValueError, FileNotFoundError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        assert last.startswith("<code cell"), f"{error!r} comes from {last}"
+        assert str(error).encode()
+        return None, str(error)
+
+
+def refusal(function, *args):
+    """Return what the refusal says."""
+    _, said = answer(function, *args)
+    return said or pytest.fail("it was not refused")
+
+
+def pairs(rows):
+    return [*zip(rows["text"], rows["label"])]
+
+
+def frame(texts, labels, text="text", label="label"):
+    return pd.DataFrame(
+        {text: pd.Series(texts, dtype=object), label: pd.Series(labels, dtype=object)}
+    )
+
+
+def table_of(counts):
+    labels = np.repeat([*counts], [*counts.values()])
+    return frame([f"t{i}" for i in range(len(labels))], labels)
+
+
+TWO = "text,label\ngood,pos\nbad,neg\n"
+FOUND = [("good", "pos"), ("bad", "neg")]
+RECORDS = [{"text": "good", "label": "pos"}, {"label": "neg", "text": "bad", "id": [1]}]
+LINES = "\n".join(map(json.dumps, RECORDS))
+COLUMNS = {"text": ["good", "bad"], "label": ["pos", "neg"]}
+INDEXED = {name: {"0": first, "1": second} for name, (first, second) in COLUMNS.items()}
+READ = [("a.csv", TWO.replace(",", separator), FOUND) for separator in ",;\t|"]
+READ += [("a.csv", TWO.replace("\n", end), FOUND) for end in ("\r\n", "\r", "\n\n")]
+READ += [("a.csv", TWO.encode(encoding), FOUND) for encoding in ("utf-8-sig", "utf-16")]
+READ += [("My Reviews.CSV", TWO, FOUND), ("a.csv.GZ", gzip.compress(TWO.encode()), FOUND)]
+READ += [
+    ("a.csv", 'label,text\nx,"a, b; c"\ny,"a\nb ""c"""\n', [("a, b; c", "x"), ('a b "c"', "y")])
+]
+READ += [
+    ("a.tsv", 'text\tlabel\n"A" it is\t1\n"b, so b\t0\n', [('"A" it is', "1"), ('"b, so b', "0")])
+]
+READ += [
+    (
+        "a.csv",
+        "text,label\nnan,NA\n007,1e3\nschön,None\n",
+        [("nan", "NA"), ("007", "1e3"), ("schön", "None")],
+    )
+]
+READ += [
+    ("a.json", json.dumps(form), FOUND) for form in (RECORDS, COLUMNS, INDEXED, {"data": RECORDS})
+]
+READ += [("a.json", LINES, FOUND), ("a.ndjson", f"\n{LINES}\r\n\n", FOUND)]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), READ)
+def test_a_file_is_read_whatever_its_form(notebook, tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert pairs(gather(notebook, tmp_path / name)[0]) == expected
+
+
+REFUSED = [
+    ("a.csv", f"{TWO}a,b,0\n", ["line 4", "3 fields"]),
+    ("a.csv", f"{TWO}a, b, c,0\n", ["4 fields"]),
+]
+REFUSED += [
+    ("a.csv", "text,label\nthe plot was dull, the end was bad,0\n" * 2, ["line 2", "3 fields"])
+]
+REFUSED += [
+    ("a.csv", 'text,label\n"good,1\nbad,0\n"fine,1\n', ["line"]),
+    ("a.csv", 'text,label\n"a,1\nb",0\n', ["quote"]),
+]
+REFUSED += [("a.csv", "text,label\ngood,1\ncafé,0\n".encode("latin-1"), ["line 3", "UTF-8"])]
+REFUSED += [("a.json", '[{"text": "a"}, 5]', ["record 2"]), ("a.json", f"{LINES}\n7", ["record 3"])]
+REFUSED += [("a.json", f"{LINES}\nfoo\n{LINES}", ["line 3"])]
+REFUSED += [("a.json", raw, []) for raw in ("[", b"\xff")] + [
+    ("a.csv", raw, []) for raw in ("", "\n")
+]
+FOREIGN = [
+    ("a.json", raw) for raw in ("null", "5", "true", '"abc"', "[" * 100_000, '{"a": {"b": 1}}')
+]
+FOREIGN += [
+    ("a.json", raw)
+    for raw in ('{"text": ["a", "b"], "label": ["x"]}', '[{"text": "\\ud83d", "label": 1}]')
+]
+FOREIGN += [("a.csv.gz", "junk"), ("a.csv.gz", gzip.compress(TWO.encode())[:-9])]
+FOREIGN += [("a.parquet", raw) for raw in ("", "junk", "PAR1" * 9)]
+MENDED = pytest.mark.xfail(strict=True, reason="a traceback from inside a library, or a TypeError")
+REFUSED += [pytest.param(*each, [], marks=MENDED) for each in FOREIGN]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), REFUSED, ids=lambda each: repr(each)[:40])
+def test_a_faulty_file_is_refused_by_name_and_place(notebook, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = refusal(notebook.read_tables, str(tmp_path))
+    assert not [word for word in [name, *words] if word not in said], said
+
+
+def test_a_file_without_rows_or_columns_is_refused(notebook, tmp_path):
+    for index, content in enumerate(
+        ["\0", "text", "text,label", "id,text\n1,a", "[]", "{}", "[{}]", '["a"]', " "]
+    ):
+        path = tmp_path / f"{index}.{'csv' if index < 4 else 'json'}"
+        path.write_text(content)
+        refusal(gather, notebook, path)
+
+
+def test_every_file_of_a_folder_is_read_but_licences_and_hidden_files(notebook, tmp_path):
+    (tmp_path / "reviews.csv").write_text(
+        "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(200))
+    )
+    (tmp_path / "reviews_test.csv").write_text(TWO)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "more.jsonl").write_text('{"text": "x", "label": 1}\n')
+    for name in ("README.md", "LICENSE", ".DS_Store"):
+        (tmp_path / name).write_text("text")
+    rows, _ = gather(notebook, tmp_path)
+    assert len(rows) == 203 and set(rows["label"]) == {"0", "1", "pos", "neg"}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="files in hidden folders (.git, .cache of a downloaded data set) are refused",
 )
-def test_both_namings_and_all_label_forms_are_read(notebook, tmp_path, text_name, label_name, labels):
-    folder = write_csv(tmp_path, **{text_name: ["good", "bad"], label_name: labels, "other": [1, 2]})
-    cleaned, _ = notebook.clean_reviews(notebook.load_reviews(folder))
-    assert cleaned.to_dict("list") == {"text": ["good", "bad"], "label": [1, 0], "split": ["train", "train"]}
+def test_hidden_folders_are_left_alone(notebook, tmp_path):
+    (tmp_path / ".git").mkdir()
+    for name, content in {"a.csv": TWO, ".git/HEAD": "ref"}.items():
+        (tmp_path / name).write_text(content)
+    assert pairs(gather(notebook, tmp_path)[0]) == FOUND
 
 
-def test_all_splits_of_a_parquet_folder_are_pooled(notebook, tmp_path):
-    for index, split in enumerate(("train", "validation", "test")):
-        Dataset.from_dict({"review": [f"{split} {row}" for row in range(index + 2)], "sentiment": [row % 2 for row in range(index + 2)]}).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
-    assert len(notebook.load_reviews(str(tmp_path))) == 2 + 3 + 4
+def test_what_would_be_left_out_is_named_with_what_is_allowed(notebook, tmp_path, monkeypatch):
+    (tmp_path / "notes.docx").write_text("x")
+    (tmp_path / "a.csv").write_text(TWO)
+    said = refusal(notebook.read_tables, str(tmp_path))
+    assert "notes.docx" in said and "a.csv" not in said and "Parquet" in said.split("Allowed")[1]
+    (tmp_path / "empty").mkdir()
+    assert "no files" in refusal(notebook.read_tables, str(tmp_path / "empty"))
+    monkeypatch.setattr(notebook.hub.constants, "HF_HUB_OFFLINE", True)
+    said = refusal(notebook.read_tables, str(tmp_path / "other.csv"))
+    assert "other.csv" in said and "dataset_name" in said
 
 
-def test_class_names_decide_not_their_order(notebook, tmp_path):
-    rows = Dataset.from_dict({"text": ["awful", "superb"], "label": [1, 0]}).cast_column("label", ClassLabel(names=["pos", "neg"]))
-    rows.to_parquet(tmp_path / "train.parquet")
-    cleaned, _ = notebook.clean_reviews(notebook.load_reviews(str(tmp_path)))
-    assert cleaned.set_index("text")["label"].to_dict() == {"awful": 0, "superb": 1}
+def test_published_splits_are_pooled_and_unlabelled_rows_are_counted(
+    notebook, tmp_path, monkeypatch
+):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    parts, card = {"train": [0, 1], "test": [1], "unsupervised": [-1, -1]}, ""
+    for name, labels in parts.items():
+        rows = {"text": [f"{name} {i}" for i in range(len(labels))], "label": labels}
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / "hub" / f"{name}.parquet")
+        card += f"\n  - split: {name}\n    path: {name}.parquet"
+    (tmp_path / "hub" / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:{card}\n---\n"
+    )
+    monkeypatch.setattr(notebook, "find_source", lambda *args: tmp_path / "hub")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows, counts = gather(notebook, "owner/name")
+    assert sorted(pairs(rows)) == [("test 0", "pos"), ("train 0", "neg"), ("train 1", "pos")]
+    assert counts["without a label, dropped"] == 2
 
 
-def test_cleaning_drops_what_it_says_and_counts_it(notebook):
-    raw = pd.DataFrame({"text": ["One.<br /><br />Two.", "One. Two.", "same", "same", "", "  <br> ", None, "fine"], "label": [1, 1, 0, 1, 0, 1, 0, 0]})
-    cleaned, counts = notebook.clean_reviews(raw)
-    assert cleaned.to_dict("list") == {"text": ["One. Two.", "fine"], "label": [1, 0]}
-    assert counts == {"read": 8, "with line-break tags": 2, "empty, dropped": 3, "repeated, dropped": 1, "with both labels, dropped": 2, "left": 2}
+def test_the_columns_are_found_whatever_their_case(notebook):
+    for text, label in [("Review", "Sentiment"), (" TEXT ", "LABEL")]:
+        table = frame(["good", "bad"], ["pos", "neg"], text, label).assign(id=1)
+        assert pairs(notebook.pick_columns(table, "", "")) == FOUND
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 0], [1, 0, None], ["good", "bad", "good"], [-1, -1, -1], [0.5, 1, 0]])
-def test_labels_that_are_not_two_classes_are_refused(notebook, labels):
-    with pytest.raises(ValueError, match="two classes.*Found: "):
-        notebook.clean_reviews(pd.DataFrame({"text": ["a", "b", "c"], "label": labels}))
+def test_other_columns_are_named_by_a_setting(notebook):
+    table = pd.DataFrame({"text": ["no", "no"], "Body": ["good", "bad"], "Class": [1, 2]})
+    assert pairs(notebook.pick_columns(table, "body", "CLASS")) == [("good", "1"), ("bad", "2")]
+    said = refusal(notebook.pick_columns, table, "", "")
+    assert "label or sentiment" in said and "Class" in said and "settings['label_column']" in said
+    said = refusal(notebook.pick_columns, table.assign(review="x"), "", "Class")
+    assert "2 columns" in said and "settings['text_column']" in said
 
 
-def test_texts_that_are_no_strings_are_refused(notebook):
-    with pytest.raises(ValueError, match="2 values that are not text, such as 3"):
-        notebook.clean_reviews(pd.DataFrame({"text": ["a", 3, 4], "label": [0, 1, 0]}))
+def test_labels_of_any_type_become_text(notebook):
+    labels = [
+        "spam",
+        1,
+        1.0,
+        2.5,
+        True,
+        " a ",
+        None,
+        float("nan"),
+        np.int8(3),
+        pd.NA,
+        "-1.00",
+        "1.50",
+    ]
+    expected = ["spam", "1", "1", "2.5", "True", "a", "", "", "3", "", "-1", "1.50"]
+    assert list(notebook.pick_columns(frame(["a"] * 12, labels), "", "")["label"]) == expected
 
 
-def test_missing_columns_name_those_found(notebook, tmp_path):
-    with pytest.raises(ValueError, match="no text column: it has body, label"):
-        notebook.load_reviews(write_csv(tmp_path / "a", body=["x"], label=[1]))
-    with pytest.raises(ValueError, match="no label column: it has text, stars"):
-        notebook.load_reviews(write_csv(tmp_path / "b", text=["x"], stars=[1]))
+def test_a_label_of_several_values_and_a_text_that_is_none_are_refused(notebook):
+    for value in (["x"], {"a": 1}, np.array([1])):
+        assert "one value" in refusal(notebook.pick_columns, frame(["a"], [value]), "", "")
+    for value in (5, ["a"], b"a", "\ud800"):
+        said = refusal(notebook.pick_columns, frame(["a", None, value], [0, 1, 0]), "", "")
+        assert "1 texts" in said and repr(value) in said
 
 
-def test_a_missing_or_unreadable_folder_is_said(notebook, tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        notebook.load_reviews(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="cannot be read as a data set"):
-        notebook.load_reviews(str(tmp_path))
-    (tmp_path / "reviews.parquet").write_bytes(b"PAR1 this is not Parquet")
-    with pytest.raises(ValueError, match="cannot be read as a data set"):
-        notebook.load_reviews(str(tmp_path))
+@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError of pyarrow, AttributeError of pandas")
+@pytest.mark.parametrize(
+    ("text", "label"), [([*map(str, range(40))], ["\ud800", "b"] * 20), ([], [])]
+)
+def test_half_characters_and_no_labels_are_refused(notebook, text, label):
+    table = pd.DataFrame(
+        {"text": text, "label": pd.Series(label, dtype=object if label else float)}
+    )
+    refusal(
+        lambda: notebook.split_rows(
+            notebook.clean(notebook.pick_columns(table, "", ""))[0], notebook.Config()
+        )
+    )
 
 
-def test_what_is_not_in_the_cache_fails_offline_with_what_to_do(notebook, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    start = time.monotonic()
-    with pytest.raises(ConnectionError, match="QLORA_DATASET_NAME=path/to/folder"):
-        notebook.load_reviews("dipanjanS/imdb_sentiment_finetune_dataset20k")
-    with pytest.raises(ConnectionError, match="QLORA_MODEL_NAME=path/to/folder"):
-        notebook.inspect_model("no-such-user/no-such-model")
-    assert time.monotonic() - start < 10
+def test_sentiment_0_and_1_are_negative_and_positive(notebook):
+    table = frame(["a", "b", "c"], [0, 1, None], label="sentiment")
+    assert list(notebook.pick_columns(table, "", "")["label"]) == ["negative", "positive", ""]
+    assert list(notebook.pick_columns(table.assign(sentiment=[0, 1, 2]), "", "")["label"]) == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
-def test_splits_have_the_asked_sizes_and_strata_and_share_no_text(notebook, sentences):
-    splits = notebook.split_reviews(sentences, 0.1, 0.1, seed=42)
-    sizes = {name: len(split) for name, split in splits.items()}
-    assert sum(sizes.values()) == len(sentences)
-    for name, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
-        assert sizes[name] == pytest.approx(share * len(sentences), abs=2)
-        assert np.mean(splits[name]["label"]) == pytest.approx(sentences["label"].mean(), abs=0.002)
-    texts = {name: set(split["text"]) for name, split in splits.items()}
-    assert len(texts["train"] | texts["validation"] | texts["test"]) == len(sentences)
+@pytest.mark.xfail(
+    strict=True, reason="each file's sentiment is named by itself: 0, 1 and 2 become five classes"
+)
+def test_sentiment_has_the_same_names_in_all_files(notebook, tmp_path):
+    (tmp_path / "a.csv").write_text("text,sentiment\ngood,1\nbad,0\n")
+    (tmp_path / "b.csv").write_text("text,sentiment\nso so,2\nfine,1\n")
+    assert set(gather(notebook, tmp_path)[0]["label"]) == {"0", "1", "2"}
 
 
-def test_the_seed_decides_the_split_and_a_smaller_train_changes_nothing_else(notebook, sentences):
-    first, again, other = (notebook.split_reviews(sentences, 0.1, 0.1, seed=seed) for seed in (1, 1, 2))
-    assert first["test"]["text"] == again["test"]["text"] != other["test"]["text"]
-    small = notebook.sample_train(first, 500, seed=1)
-    assert len(small["train"]) == 500 and small["test"]["text"] == first["test"]["text"] and set(small["train"]["text"]) <= set(first["train"]["text"])
+def test_cleaning_drops_by_rule_and_counts(notebook):
+    texts = ["a<br />b", "a b", " a\tb", "", None, "c", "c", "d", "e", "e"]
+    rows, counts = notebook.clean(frame(texts, ["x", "X", "x", "x", "y", "x", "y", "y", "", "y"]))
+    assert pairs(rows) == [("a b", "x"), ("d", "y"), ("e", "y")]
+    dropped = {"without a text": 2, "without a label": 1, "with two labels": 2, "repeated": 2}
+    expected = {f"{rule}, dropped": count for rule, count in dropped.items()}
+    assert counts == {"read": 10, "with <br /> tags": 1} | expected | {"left": 3}
 
 
-@pytest.mark.parametrize("rows", [0, 2, 9])
-def test_too_few_rows_for_a_stratified_split_are_refused(notebook, rows):
-    reviews = pd.DataFrame({"text": [str(row) for row in range(2 * rows)], "label": [0, 1] * rows})
-    with pytest.raises(ValueError, match="at least 10 of each"):
-        notebook.split_reviews(reviews, 0.1, 0.1, seed=42)
+def test_cleaning_needs_2_to_50_classes(notebook):
+    for n in (0, 1, 51):
+        said = refusal(notebook.clean, table_of({f"class {i}": 1 for i in range(n)}))
+        assert f"{n} different labels" in said and "2 to 50" in said
 
 
-def test_a_tiny_training_share_is_refused_too(notebook):
-    reviews = pd.DataFrame({"text": [str(row) for row in range(40)], "label": [0, 1] * 20})
-    with pytest.raises(ValueError, match="at least 50 of each"):
-        notebook.split_reviews(reviews, 0.49, 0.49, seed=42)
+def test_the_splits_share_out_all_rows_with_each_label_in_proportion(notebook):
+    config = notebook.Config()
+    splits = notebook.split_rows(table_of({"10": 990, "9": 30}), config)
+    texts = {name: split["text"][:] for name, split in splits.items()}
+    assert {name: len(part) for name, part in texts.items()} == {
+        "train": 816,
+        "validation": 102,
+        "test": 102,
+    }
+    assert len({text for part in texts.values() for text in part}) == 1020
+    assert [Counter(splits[name]["label"])[0] for name in ("train", "validation", "test")] == [
+        24,
+        3,
+        3,
+    ]
+    other = notebook.split_rows(
+        table_of({"10": 990, "9": 30}), config.model_copy(update={"seed": 1})
+    )
+    assert set(other["test"]["text"]) != set(texts["test"]) and other["test"].features[
+        "label"
+    ].names == ["9", "10"]
 
 
-@pytest.mark.parametrize("wanted", [2, 7, 150, 158, 159, 160, 999])
-def test_any_number_of_training_rows_can_be_asked_for(notebook, wanted):
-    reviews = pd.DataFrame({"text": [str(row) for row in range(200)], "label": [0, 1] * 100})
-    train = notebook.sample_train(notebook.split_reviews(reviews, 0.1, 0.1, seed=42), wanted, seed=42)["train"]
-    assert min(wanted, 160) - 1 <= len(train) <= min(wanted, 160) and abs(np.mean(train["label"]) - 0.5) <= 1 / len(train)
+def test_own_rows_without_a_gpu_are_all_trained_on_and_a_cap_keeps_the_shares(notebook):
+    own, _ = notebook.resolve_config({"dataset_name": "my.csv"}, {}, cuda=False)
+    rows = table_of({"0": 6000, "1": 3000})
+    assert len(notebook.split_rows(rows, own)["train"]) == 7200
+    capped = notebook.split_rows(rows, own.model_copy(update={"max_train_samples": 30}))
+    assert Counter(capped["train"]["label"]) == {0: 20, 1: 10} and len(capped["test"]) == 900
 
 
-def test_the_gain_is_the_difference_of_the_accuracies_with_a_paired_interval(notebook):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 1000)
-    others = np.where(rng.random(1000) < 0.8, labels, 1 - labels)
-    better = np.where(rng.random(1000) < 0.2, labels, others)  # corrects a fifth of the mistakes
-    gain, (low, high) = notebook.accuracy_gain(labels, better, others, seed=0)
-    assert gain == pytest.approx(100 * (np.mean(better == labels) - np.mean(others == labels))) and 0 < low < gain < high
-    independent = 196 * np.sqrt(2 * 0.8 * 0.2 / 1000)
-    assert (high - low) / 2 < independent  # pairs tell more than two separate intervals
+def test_a_class_that_cannot_be_in_every_split_is_refused_with_counts_and_settings(notebook):
+    said = refusal(
+        notebook.split_rows, table_of({"0": 990, "1": 10}), notebook.Config(max_train_samples=40)
+    )
+    assert "max_train_samples" in said and "990" in said and "10" in said
+    assert "rarest class" in refusal(
+        notebook.split_rows, table_of({"0": 99, "1": 2}), notebook.Config()
+    )
 
 
-def test_the_fast_f1_is_scikit_learns(notebook):
-    rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(0, 2, (2, 20, 30))
-    expected = [notebook.f1_score(truth, guess, average="weighted") for truth, guess in zip(labels, predictions, strict=True)]
-    assert notebook.weighted_f1(labels, predictions) == pytest.approx(expected)
+def written(kind, texts, labels, text_name, label_name):
+    """Return the bytes of a table in a format: `csv` and a separator, `json`, `jsonl`, `columns` or `parquet`."""
+    table = {"id": [*range(len(texts))], label_name: labels, text_name: texts}
+    rows = [dict(zip(table, row)) for row in zip(*table.values())]
+    if kind[:3] == "csv":
+        out = io.StringIO(newline="")
+        csv.writer(out, delimiter=kind[3:]).writerows([[*table], *zip(*table.values())])
+        return out.getvalue().encode()
+    if kind == "parquet":
+        out = io.BytesIO()
+        pd.DataFrame(table).to_parquet(out)
+        return out.getvalue()
+    form = (
+        "\n".join(map(json.dumps, rows))
+        if kind == "jsonl"
+        else json.dumps(table if kind == "columns" else rows)
+    )
+    return form.encode()
 
 
-def test_twenty_rows_are_just_enough(notebook):
-    reviews = pd.DataFrame({"text": [str(row) for row in range(20)], "label": [0, 1] * 10})
-    splits = notebook.split_reviews(reviews, 0.1, 0.1, seed=42)
-    assert {name: sorted(set(split["label"])) for name, split in splits.items()} == {"train": [0, 1], "validation": [0, 1], "test": [0, 1]}
+ENDINGS = {
+    "csv,": "csv",
+    "csv;": "CSV",
+    "csv|": "csv",
+    "csv\t": "tsv",
+    "json": "json",
+    "jsonl": "jsonl",
+}
+ENDINGS |= {"columns": "json", "parquet": "parquet"}
+NAMES = st.sampled_from(["train", "reviews", "reviews_test", "my data.v2", "ünï", "a-00-of-02"])
+FILES = st.dictionaries(
+    NAMES, st.tuples(st.sampled_from([*ENDINGS]), st.booleans()), min_size=1, max_size=3
+)
+CLASSES = [
+    ["spam", "Ham"],
+    [0, 1, 2],
+    [1.0, 2.0],
+    [True, False],
+    ["a b", "c,d", "é;"],
+    [*range(-4, 8)],
+]
+TAME = st.text(st.sampled_from("abc é好👩.!?'<>&-"), min_size=1, max_size=12) | st.just(
+    "word " * 20_000
+)
+WILD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t"), max_size=20)
+WILD |= st.text(st.sampled_from('",;|\n\r \x00\x85\u2028<br/>='), max_size=12)
+WILD |= st.sampled_from(["", "nan", "x" * 10**6])
 
 
-def test_tokens_are_cut_at_the_limit_and_counted_uncut(notebook, offline_model):
-    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
-    splits = DatasetDict(train=Dataset.from_dict({"text": ["word " * 600, "short"], "label": [0, 1]}))
-    counts = {"train": notebook.count_tokens(list(splits["train"]["text"]), tokenizer)}
-    assert counts["train"].tolist() == [602, 3]
-    tokenized = notebook.tokenize_reviews(splits, tokenizer, 256)["train"]
-    assert [len(ids) for ids in tokenized["input_ids"]] == [256, 3] and tokenized["label"] == [0, 1]
-    table = notebook.describe_truncation(counts, 256).loc["train"]
-    assert table["cut"] == 1 and table["tokens lost, median of those cut"] == 346 and table["share of all tokens lost"] == pytest.approx(346 / 605)
-    batch = notebook.DataCollatorWithPadding(tokenizer)([tokenized[0], tokenized[1]])
-    assert batch["input_ids"].shape == (2, 256) and batch["attention_mask"].sum().item() == 259
+def check_folder(notebook, folder, files, classes, texts, columns):
+    """Write `texts` to `files`, read them, compare with a table made by hand; return the refusal, if any."""
+    files = dict([*files.items()][: len(texts)])  # a row in each file, or it has no columns
+    shares, expected = np.array_split(np.arange(len(texts)), len(files)), {}
+    for (name, (kind, gzipped)), share in zip(sorted(files.items()), shares):
+        labels = [classes[i % len(classes)] for i in share]
+        raw = written(kind, [texts[i] for i in share], labels, *columns)
+        path = folder / f"{name}.{ENDINGS[kind]}{'.gz' * gzipped}"
+        path.write_bytes(gzip.compress(raw, 1) if gzipped else raw)
+        for i, label in zip(share, labels):
+            text = " ".join(notebook.re.sub(r"<br\s*/?>", " ", texts[i]).split())
+            expected.setdefault(text, set()).add(notebook.re.sub(r"\.0$", "", str(label)))
+    found, said = answer(gather, notebook, folder)
+    kept = {(text, *labels) for text, labels in expected.items() if text and len(labels) == 1}
+    if len({label for _, label in kept}) < 2:
+        assert said
+    elif found:
+        assert (
+            {*pairs(found[0])} == kept
+            and len(found[0]) == len(kept)
+            and found[1]["read"] == len(texts)
+        )
+    return said if len({label for _, label in kept}) >= 2 else None
 
 
-def test_metrics_equal_scikit_learns_and_the_interval_holds_them(notebook):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 400)
-    predictions = np.where(rng.random(400) < 0.8, labels, 1 - labels)
-    scores = notebook.score(labels, predictions, seed=1)
-    assert scores["accuracy"] == notebook.accuracy_score(labels, predictions)
-    assert scores["f1_weighted"] == notebook.f1_score(labels, predictions, average="weighted")
-    low, high = scores["accuracy_ci95"]
-    normal = 1.96 * np.sqrt(scores["accuracy"] * (1 - scores["accuracy"]) / 400)
-    assert low < scores["accuracy"] < high and (high - low) / 2 == pytest.approx(normal, rel=0.15)
-    assert notebook.score(labels, predictions, seed=1) == scores
+COLUMN_NAMES = st.tuples(
+    st.sampled_from(["text", "Review", "TEXT "]), st.sampled_from(["label", "LABEL"])
+)
 
 
-def write_splits(folder, **splits):
-    """Write the texts of each split, of alternating labels, as the Hub's data set has them."""
-    for name, texts in splits.items():
-        labels = [row % 2 for row in range(len(texts))]
-        Dataset.from_dict({"review": texts, "sentiment": labels}).to_parquet(folder / f"{name}-00000-of-00001.parquet")
-    return str(folder)
+TEXTS = st.tuples(st.just("read"), st.lists(TAME, min_size=1, max_size=12))
+TEXTS |= st.tuples(st.just("read or refused"), st.lists(WILD, min_size=1, max_size=8))
 
 
-def test_the_published_splits_are_kept_and_the_test_split_loses_nothing(notebook, tmp_path):
-    folder = write_splits(tmp_path, train=["a", "b", "c", "d", "again", "e"], validation=["f", "g", "h", "i"], test=["again", "j", "k", "l"])
-    config = notebook.resolve_config({"QLORA_DATASET_NAME": folder, "QLORA_LAYOUT": "published"}, cuda=False)[0]
-    splits, counts = notebook.prepare_splits(config)
-    assert {name: list(split["text"]) for name, split in splits.items()} == {"train": ["a", "b", "c", "d", "e"], "validation": ["f", "g", "h", "i"], "test": ["again", "j", "k", "l"]}
-    assert counts["repeated, dropped"] == 1 and splits["test"].features == splits["train"].features
+@effort(max_examples=100, deadline=None)
+@given(FILES, st.sampled_from(CLASSES), TEXTS, COLUMN_NAMES)
+def test_any_folder_is_read_or_refused_and_plain_texts_are_read(
+    notebook, tmp_path_factory, files, classes, texts, columns
+):
+    said = check_folder(
+        notebook, tmp_path_factory.mktemp("folder"), files, classes, texts[1], columns
+    )
+    assert not said or texts[0] == "read or refused"
 
 
-@pytest.mark.parametrize("names", [("train", "validation", "test"), ("test", "validation", "train"), ("validation", "test", "extra", "train")])
-def test_the_published_test_split_keeps_its_texts_in_whatever_order_the_splits_come(notebook, monkeypatch, names):
-    """"film 0" is in all splits, "film 1" in training and validation."""
-    texts = {"train": ["film 0", "film 1", "a", "b"], "validation": ["film 0", "film 1", "c", "d"], "test": ["film 0", "e"], "extra": ["film 0", "film 1", "e"]}
-    labels = {"film 0": 0, "film 1": 1, "a": 0, "b": 1, "c": 0, "d": 1, "e": 1}
-    reviews = notebook.pd.DataFrame([(text, labels[text], name) for name in names for text in texts[name]], columns=["text", "label", "split"])
-    monkeypatch.setattr(notebook, "load_reviews", lambda *_: reviews)
-    splits, _ = notebook.prepare_splits(notebook.Config(layout="published"))
-    assert {name: list(split["text"]) for name, split in splits.items()} == {"train": ["a", "b"], "validation": ["film 1", "c", "d"], "test": ["film 0", "e"]}
+ROWS = st.text('tex,label"\n\r;\t\0 ', max_size=30).map(lambda rows: f"text,label\n{rows}".encode())
 
 
-@pytest.mark.parametrize("splits", [{"train": ["a", "b"], "test": ["c", "d"]}, {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}])
-def test_a_layout_that_was_not_published_is_refused(notebook, tmp_path, splits):
-    config = notebook.resolve_config({"QLORA_DATASET_NAME": write_splits(tmp_path, **splits), "QLORA_LAYOUT": "published"}, cuda=False)[0]
-    with pytest.raises(ValueError, match="train, validation, test.*Found: .*QLORA_LAYOUT=pooled"):
-        notebook.prepare_splits(config)
-
-
-@given(length=st.integers(2, 600), max_length=st.integers(3, 300), tail_share=st.floats(0, 1))
-def test_the_middle_is_cut_and_both_ends_stay(notebook, length, max_length, tail_share):
-    row = list(range(length))
-    kept = notebook.cut_middle(row, max_length, tail_share)
-    assert len(kept) == min(length, max_length) and kept[0] == 0 and kept[-1] == length - 1
-    gaps = [(left, right) for left, right in zip(kept, kept[1:]) if right != left + 1]
-    assert len(gaps) == (length > max_length)  # one hole, and only where it is too long
-    for left, _ in gaps:
-        tail = max_length - 1 - left  # the tokens behind the hole, [SEP] among them
-        assert tail - 1 == pytest.approx(tail_share * (max_length - 2), abs=0.5)
-
-
-def test_without_a_tail_a_text_is_cut_as_the_tokenizer_cuts_it(notebook, offline_model):
-    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
-    texts = ["word " * 50, "short", ""]
-    assert notebook.encode(texts, tokenizer, 20) == dict(tokenizer(texts, truncation=True, max_length=20))
-
-
-@pytest.mark.parametrize("fit", ["fit_tfidf_baseline", "fit_tfidf_nb_baseline"])
-def test_the_baselines_learn_from_words(notebook, sentences, fit):
-    splits = notebook.sample_train(notebook.split_reviews(sentences, 0.1, 0.1, seed=42), 2000, seed=42)
-    baseline = getattr(notebook, fit)(splits["train"], seed=42)
-    assert 0.68 < baseline.score(splits["test"]["text"], splits["test"]["label"]) < 0.80
-
-
-def test_the_log_count_ratio_is_that_of_wang_and_manning(notebook):
-    """Shares of 3/5 and 1/5 of the first word, and so on, worked out by hand, with one added to every count."""
-    counts = scipy.sparse.csr_matrix([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
-    weighed = notebook.LogCountRatio(alpha=1.0).fit(counts, [1, 0, 0])
-    expected = np.log([(3 / 5) / (1 / 6), (1 / 5) / (3 / 6), (1 / 5) / (2 / 6)])
-    assert weighed.ratio_ == pytest.approx(expected)
-    assert weighed.transform(counts).toarray() == pytest.approx(counts.toarray() * expected)
+@effort(max_examples=100, deadline=None)
+@given(st.binary(max_size=30) | ROWS)
+def test_any_bytes_are_read_as_csv_or_refused(notebook, tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp("folder") / "a.csv"
+    path.write_bytes(raw)
+    answer(gather, notebook, path)

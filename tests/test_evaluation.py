@@ -1,235 +1,382 @@
-"""Section 9 and the recipes: McNemar's test, calibration, accuracy by length, the ensemble, and what the recommended recipe changes."""
+"""Sections 4, 5 and 9 to 12: tokens, scores with intervals, predictions, what is written down, and what is measured."""
 
-import dataclasses
 import json
-from types import SimpleNamespace
+import sys
 
-import measure
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
-from hypothesis import given
+from datasets import Dataset
+from hypothesis import example, given
+from hypothesis import settings as effort
 from hypothesis import strategies as st
-from scipy.stats import binom
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 
-def logits_of(confidence: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """Return logits whose softmax is ``confidence`` for ``predictions``."""
-    margin = np.log(confidence / (1 - confidence)) * np.where(predictions == 1, 1, -1)
-    return np.stack([np.zeros_like(margin), margin], axis=-1)
+@pytest.fixture
+def model(notebook, tiny_config):
+    """A random classifier whose answers differ enough to be told apart."""
+    found = notebook.load_classifier(tiny_config, ["bad", "good"])[0].eval()
+    found.classifier.weight.data *= 100
+    return found
 
 
-# McNemar's test
+@effort(max_examples=200, deadline=None)
+@given(st.integers(2, 40), st.integers(3, 40), st.floats(0, 1))
+@example(10, 9, 1.0)
+def test_a_text_is_cut_from_its_middle(notebook, length, max_length, tail_share):
+    ids = [*range(length)]
+    cut = notebook.cut_middle(ids, max_length, tail_share)
+    if length <= max_length:
+        assert cut == ids
+        return
+    tail = round(tail_share * (max_length - 2))
+    head = max_length - 2 - tail
+    assert cut == ids[: 1 + head] + ids[length - 1 - tail :] and len(cut) == max_length
 
 
-def test_mcnemar_counts_what_only_one_gets_right(notebook):
-    labels = np.array([1, 1, 1, 1, 0, 0, 0, 0])
-    first = np.array([1, 1, 1, 0, 0, 0, 0, 1])
-    second = np.array([1, 0, 0, 0, 0, 0, 1, 0])
-    test = notebook.mcnemar(labels, first, second)
-    assert (test["only_first"], test["only_second"]) == (3, 1)
-    assert test["p_value"] == pytest.approx(2 * binom.cdf(1, 4, 0.5))  # both tails of a fair coin
+def test_without_a_tail_texts_are_cut_as_transformers_cuts_them(notebook, tiny_config, task):
+    texts = ["", "short", "word " * 5000, "好 x" * 40, "[SEP] <b>"]
+    whole = task.tokenizer(texts, truncation=True, max_length=32)
+    assert notebook.encode(texts, task.tokenizer, tiny_config) == dict(whole)
+    tailed = notebook.encode(
+        texts, task.tokenizer, tiny_config.model_copy(update={"tail_share": 0.5})
+    )
+    uncut = task.tokenizer(texts, verbose=False)["input_ids"]
+    assert tailed["input_ids"][3] == uncut[3][:16] + uncut[3][-16:] and {*map(len, tailed)} != {0}
+    assert all(len(row) <= 32 for rows in tailed.values() for row in rows)
 
 
-def test_mcnemar_of_equal_predictions_finds_no_difference(notebook):
-    labels = np.array([0, 1, 1])
-    assert notebook.mcnemar(labels, labels, labels) == {"only_first": 0, "only_second": 0, "p_value": 1.0}
+def test_tokenized_splits_keep_labels_and_order_and_no_text(notebook, tiny_config, task):
+    split = Dataset.from_dict({"text": ["good film", "bad"], "label": [1, 0]})
+    tokens = notebook.tokenize(split, task.tokenizer, tiny_config)
+    assert {*tokens.column_names} == {"input_ids", "token_type_ids", "attention_mask", "label"}
+    assert tokens["label"][:] == [1, 0]
+    assert [task.tokenizer.decode(ids) for ids in tokens["input_ids"]] == [
+        "[CLS] good film [SEP]",
+        "[CLS] bad [SEP]",
+    ]
 
 
-# Calibration
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_scores_are_those_of_scikit_learn(notebook, classes):
+    rng = np.random.default_rng(classes)
+    labels, guesses = rng.integers(0, classes, 60), rng.integers(0, max(classes - 1, 2), 60)
+    found = notebook.score(labels, guesses, classes)
+    f1 = {
+        f"f1_{kind}": f1_score(labels, guesses, average=kind, zero_division=0)
+        for kind in ("weighted", "macro")
+    }
+    expected = {"accuracy": accuracy_score(labels, guesses)} | f1
+    matrix = confusion_matrix(labels, guesses, labels=range(classes))
+    assert found["n"] == 60 and found["confusion_matrix"] == matrix.tolist()
+    rates = notebook.rates(np.stack([matrix, matrix.T]))
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value) == rates[name][0]
+        low, high = found[f"{name}_ci95"]
+        assert 0 <= low < value < high <= 1
+    assert rates["f1_macro"][1] == pytest.approx(
+        f1_score(guesses, labels, average="macro", zero_division=0)
+    )
+    json.dumps(found)
 
 
-def test_a_calibrated_classifier_has_no_error_and_a_boastful_one_has_its_surplus(notebook):
-    rng = np.random.default_rng(0)
-    confidence = rng.uniform(0.5, 1, 200_000)
-    labels = rng.integers(0, 2, len(confidence))
-    predictions = np.where(rng.random(len(confidence)) < confidence, labels, 1 - labels)
-    assert notebook.calibration(labels, logits_of(confidence, predictions))["ece"] < 0.01
-    at_most = np.minimum(confidence, 0.9)
-    predictions = np.where(rng.random(len(confidence)) < at_most - 0.1, labels, 1 - labels)
-    assert notebook.calibration(labels, logits_of(at_most, predictions))["ece"] == pytest.approx(0.1, abs=0.01)
+def test_a_class_that_is_neither_there_nor_answered_does_not_count(notebook):
+    labels, guesses = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
+    assert notebook.score(labels, guesses, 5)["f1_macro"] == pytest.approx(
+        f1_score(labels, guesses, average="macro")
+    )
+    assert notebook.score(labels, labels, 2)["accuracy_ci95"] == [1, 1]
 
 
-@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9), st.booleans()), min_size=1, max_size=50))
-def test_every_review_is_in_one_bin(notebook, rows):
-    logits, labels = np.array([row[:2] for row in rows]), np.array([int(row[2]) for row in rows])
-    measured = notebook.calibration(labels, logits)
-    assert sum(each["n"] for each in measured["bins"]) == len(rows) and 0 <= measured["ece"] <= 1
-    right = sum(each["n"] * each["accuracy"] for each in measured["bins"])
-    assert right == pytest.approx(np.sum(logits.argmax(-1) == labels))
+def test_the_seed_decides_the_interval(notebook):
+    labels, guesses = np.arange(50) % 2, np.arange(50) % 3 % 2
+    first, again, other = (
+        notebook.score(labels, guesses, 2, seed)["f1_macro_ci95"] for seed in (1, 1, 2)
+    )
+    assert first == again != other
 
 
-# Length and ensemble
+def test_the_intervals_hold_the_truth_in_about_95_of_100_cases(notebook):
+    rng, held = np.random.default_rng(0), []
+    for seed in range(100):
+        low, high = notebook.score(np.ones(200, int), (rng.random(200) < 0.8).astype(int), 2, seed)[
+            "accuracy_ci95"
+        ]
+        held.append(low <= 0.8 <= high)
+    assert 0.9 <= np.mean(held) < 1
+    held.clear()
+    for seed in range(600):
+        first, second = rng.random(300) < 0.8, rng.random(300) < 0.7
+        _, low, high = notebook.paired_difference(first, second, seed)
+        held.append(low <= 10 <= high)
+    assert 0.93 <= np.mean(held) <= 0.97
 
 
-def test_accuracy_by_length_divides_the_reviews(notebook):
-    right = np.array([[True, True, False, False, True], [True, False, False, True, True]])
-    counts = np.array([10, 20, 21, 300, 20])
-    rows = notebook.accuracy_by_length(right, counts, [20, 256])
-    assert [(row["from_tokens"], row["to_tokens"], row["n"]) for row in rows] == [(1, 20, 3), (21, 256, 1), (257, None, 1)]
-    assert [row["accuracy"] for row in rows] == pytest.approx([5 / 6, 0, 0.5])
+def test_a_paired_difference_is_of_points_and_of_the_same_texts(notebook):
+    first, second = np.array([True] * 90 + [False] * 10), np.array([True] * 80 + [False] * 20)
+    gain, low, high = notebook.paired_difference(first, second)
+    assert gain == pytest.approx(10) and 3 < low < 10 < high < 17
+    assert notebook.paired_difference(second, first)[0] == pytest.approx(-10)
+    assert notebook.paired_difference(first, first) == [0, 0, 0]
+    unpaired = notebook.paired_difference(first, second[::-1])
+    assert unpaired[0] == pytest.approx(10) and unpaired[2] - unpaired[1] > 1.3 * (high - low)
 
 
-def test_the_ensemble_trusts_whom_the_validation_split_trusts(notebook):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 1000)
-    signs = 2 * labels - 1
-    noise = rng.standard_normal((2, 1000))
-    margins = signs + noise[0]  # as good as it is independent of the logits
-    logits = np.stack([np.zeros(1000), 3 * (signs + noise[1])], axis=-1)
-    half = labels[:500], logits[:500], margins[:500]
-    stack = notebook.fit_ensemble(*half)
-    assert stack.coef_[0, 1] == pytest.approx(3 * stack.coef_[0, 0], rel=0.2)  # trusted alike, on scales one to three
-    accuracy = [np.mean(guess == labels[500:]) for guess in (stack.predict(notebook.score_pairs(logits[500:], margins[500:])), logits[500:].argmax(-1), margins[500:] > 0)]
-    assert accuracy[0] > max(accuracy[1:]) + 0.03
+def test_percent_is_a_share_with_its_interval(notebook):
+    scores = {
+        "accuracy": 0.8954,
+        "accuracy_ci95": [0.88, 0.9101],
+        "f1_macro": 1.0,
+        "f1_macro_ci95": [0, 1],
+    }
+    assert notebook.percent(scores) == "89.5% [88.0, 91.0]"
+    assert notebook.percent(scores, "f1_macro") == "100.0% [0.0, 100.0]"
 
 
-# The recommended recipe
+TEXTS = [f"{'good ' * (n % 7)} film number {n} {'bad ' * (n * 5 % 11)}" for n in range(30)]
 
 
-def test_the_recommended_recipe_wins_over_the_profile_and_the_user_over_both(notebook):
-    for cuda in (False, True):
-        config, sources = notebook.resolve_config({"QLORA_RECIPE": "recommended", "QLORA_NUM_TRAIN_EPOCHS": "2"}, cuda=cuda)
-        assert (config.tail_share, config.target_modules, config.train_pooler, config.learning_rate) == (0.5, ["all-linear"], True, 1e-3)
-        assert config.num_train_epochs == 2 and sources["num_train_epochs"] == "QLORA_NUM_TRAIN_EPOCHS" and sources["tail_share"] == "recommended recipe"
-        assert notebook.carried_out(config).optim == "adamw_8bit"  # 8 bits in every execution
-
-
-def test_the_road_leads_from_the_defaults_to_the_recommended_recipe(notebook):
-    mission, *_, recommended = measure.road()
-    assert mission.changes == notebook.recipe_values("mission") == {}
-    assert recommended.changes | {"optim": "adamw_8bit"} == notebook.recipe_values("recommended")
-    for before, after in zip(measure.road(), measure.road()[1:]):
-        assert len(after.changes) == len(before.changes) + 1
-
-
-def test_no_two_variants_are_the_same(notebook):
-    for variants in (measure.all_variants(), measure.searched()):
-        assert len({each.name for each in variants}) == len(variants)
-        settings = [(str(dataclasses.asdict(measure.variant_config(notebook.Config(), each, 1))), each.full, each.loraplus, each.four_bit) for each in variants]
-        assert len(set(settings)) == len(variants)
-
-
-def test_the_pooler_is_trained_whole_and_every_other_linear_layer_has_adapters(notebook, tiny_config):
-    config = dataclasses.replace(tiny_config, target_modules=["all-linear"], train_pooler=True)
-    architecture, _ = notebook.inspect_model(config.model_name)
-    head = notebook.trained_whole(architecture, config.train_pooler)
-    notebook.check_model(architecture, config.target_modules, config.max_length)
-    model = notebook.build_qlora(config, head)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
-    assert trained == {f"base_model.model.{name}" for name in ("bert.pooler.modules_to_save.default.dense.weight", "bert.pooler.modules_to_save.default.dense.bias", "classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias")}
-    adapted = [name for name, module in model.named_modules() if isinstance(module, Linear4bit) and hasattr(model.get_submodule(name.rpartition(".")[0]), "lora_A")]
-    assert len(adapted) == 2 * 6 and not [name for name in adapted if "pooler" in name]
-
-
-def test_a_trained_pooler_is_saved_and_comes_back(notebook, tiny_config, tmp_path):
-    config = dataclasses.replace(tiny_config, target_modules=["all-linear"], train_pooler=True)
-    model = notebook.build_qlora(config, ["classifier", "pooler"])
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.05)
-    model.save_pretrained(tmp_path)
-    reloaded = notebook.load_adapter(tmp_path, config, ["classifier", "pooler"])
-    ids = torch.randint(1000, 20000, (4, 12))
+@pytest.fixture
+def alone(model, task):
+    """The logits of each text by itself."""
+    tokens = [
+        task.tokenizer(text, return_tensors="pt", truncation=True, max_length=32) for text in TEXTS
+    ]
     with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=ids).logits, reloaded(input_ids=ids).logits)
+        return np.array([model(**each).logits[0].numpy() for each in tokens])
 
 
-def test_an_encoder_without_a_pooler_trains_its_head_alone(notebook):
-    with torch.device("meta"):
-        distilbert = notebook.AutoModelForSequenceClassification.from_config(notebook.AutoConfig.for_model("distilbert"))
-    assert notebook.trained_whole(distilbert, train_pooler=True) == notebook.new_head(distilbert) == ["pre_classifier", "classifier"]
+@pytest.mark.parametrize("size", [1, 7])
+def test_logits_keep_the_order_of_the_texts_whatever_the_batch(
+    notebook, model, alone, tiny_config, task, size
+):
+    config = tiny_config.model_copy(update={"per_device_eval_batch_size": size})
+    found = notebook.predict_logits(model.train(), TEXTS, config, task.tokenizer)
+    assert (
+        found.dtype == np.float32
+        and np.allclose(found, alone, atol=1e-5)
+        and np.ptp(found, axis=0).min() > 0.02
+    )
+    assert np.allclose(
+        notebook.predict_logits(model, TEXTS[::-1], config, task.tokenizer)[::-1], alone, atol=1e-5
+    )
 
 
-def test_all_linear_stands_alone(notebook, tiny_config):
-    architecture, _ = notebook.inspect_model(tiny_config.model_name)
-    with pytest.raises(ValueError, match="'all-linear' matches no linear layer.*or all-linear, alone"):
-        notebook.check_model(architecture, ["all-linear", "query"], 32)
+def test_a_batch_is_halved_where_memory_runs_out(
+    notebook, model, alone, tiny_config, task, monkeypatch
+):
+    forward, tried = model.forward, []
+
+    def scarce(input_ids, **kwargs):
+        tried.append(len(input_ids))
+        if len(input_ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", scarce)
+    config = tiny_config.model_copy(update={"per_device_eval_batch_size": 16})
+    assert np.allclose(
+        notebook.predict_logits(model, TEXTS, config, task.tokenizer), alone, atol=1e-5
+    )
+    assert tried == [16, 8, *[4] * 7, 2]
 
 
-# Prediction
+def test_another_error_is_not_taken_for_want_of_memory(
+    notebook, model, tiny_config, task, monkeypatch
+):
+    def fail(**kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        notebook.predict_logits(model, TEXTS, tiny_config, task.tokenizer)
 
 
-def test_where_a_batch_does_not_fit_half_of_it_is_predicted(notebook):
-    """The stand-in takes three texts at once, and says how many it got."""
-    sizes = []
-
-    class Small(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def forward(self, input_ids, limit=3):
-            if len(input_ids) > limit:
-                raise torch.OutOfMemoryError
-            sizes.append(len(input_ids))
-            return SimpleNamespace(logits=torch.stack([input_ids[:, 0], -input_ids[:, 0]], dim=-1))
-
-    tokenizer = SimpleNamespace(pad=lambda batch, return_tensors: Padded(batch))
-    ids = [[index] * (index % 4 + 1) for index in range(10)]
-    logits = notebook.predict_encoded(Small(), tokenizer, {"input_ids": ids}, batch_size=8)
-    assert logits[:, 0].tolist() == list(range(10)) and sizes == [2] * 5
-    Small.forward.__defaults__ = (0,)
-    with pytest.raises(MemoryError, match="Not even one review fits.*QLORA_MAX_LENGTH"):
-        notebook.predict_encoded(Small(), tokenizer, {"input_ids": ids}, batch_size=8)
+def test_a_hub_id_is_public_and_of_a_path_only_the_last_name(notebook, tmp_path, monkeypatch):
+    assert notebook.public_name("owner/name-of-a-model") == "owner/name-of-a-model"
+    (tmp_path / "secret" / "mine").mkdir(parents=True)
+    assert notebook.public_name(str(tmp_path / "secret" / "mine")) == "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "secret")
+    assert (
+        notebook.public_name("~/secret/mine/")
+        == notebook.public_name("mine/../../secret/mine")
+        == "mine"
+    )
 
 
-class Padded(dict):
-    """A batch padded with zeros, as a tokenizer returns it."""
-
-    def __init__(self, batch):
-        longest = max(map(len, batch["input_ids"]))
-        super().__init__(input_ids=torch.tensor([row + [0] * (longest - len(row)) for row in batch["input_ids"]]).float())
-
-    def to(self, device):
-        return self
+def test_results_are_added_to_and_replaced_by_name(notebook, tmp_path):
+    path = tmp_path / "new" / "results.json"
+    assert notebook.add_results(path, a=1, b=[np.float64(0.5)]) == {"a": 1, "b": [0.5]}
+    assert notebook.add_results(path, b=np.int64(2), c="ö") == {"a": 1, "b": 2, "c": "ö"}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1, "b": 2, "c": "ö"}
 
 
-# What scripts/measure.py makes of tested recipes
+def test_a_write_that_fails_leaves_the_old_file(notebook, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    notebook.atomic_write(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        notebook.atomic_write(path, "new \ud800")
+    assert path.read_text() == "old"
+    notebook.atomic_write(path, "nëw")
+    assert path.read_text(encoding="utf-8") == "nëw"
+    assert not [each for each in tmp_path.iterdir() if each.name not in ("a.json", "a.json.part")]
 
 
-def test_the_recommended_recipe_is_looked_at_closely(notebook):
-    """On made-up logits of every recipe: right shapes, the right rival, and comparisons that are differences of accuracies."""
-    rng = np.random.default_rng(0)
-    labels = {"validation": rng.integers(0, 2, 200), "test": rng.integers(0, 2, 300)}
-    done = {}
-    for strength, variant in enumerate([*measure.road(), *measure.rivals()], 1):
-        logits = [{name: np.stack([np.zeros(len(truth)), (2 * truth - 1) * strength / 5 + rng.standard_normal(len(truth))], axis=-1) for name, truth in labels.items()} for _ in (1, 2)]
-        done[variant.name] = [{"seed": seed, "logits": each} for seed, each in enumerate(logits, 1)]
-    margins = {f"{name}/{split}": 2 * truth - 1 + rng.standard_normal(len(truth)) for name in ("tfidf_logreg", "tfidf_nb_svm") for split, truth in labels.items()}
-    found = measure.analyse(done, margins, labels, rng.integers(10, 700, 300))
-    assert found["full_finetuning"] == "full_finetuning 3e-05"  # the last has the better validation accuracy
-    right = {name: np.mean([run["logits"]["test"].argmax(-1) == labels["test"] for run in runs]) for name, runs in done.items()}
-    for row in found["comparisons"]:
-        if row["against"] in right:
-            assert row["gain"] == pytest.approx(100 * (right[row["recipe"]] - right[row["against"]]))
-        assert row["gain_ci95"][0] <= row["gain"] <= row["gain_ci95"][1] and len(row["mcnemar"]) == 2
-    assert [(row["recipe"], row["against"]) for row in found["comparisons"]][-4:] == [("recommended", name) for name in ("mission", "full_finetuning 3e-05", "tfidf_logreg", "tfidf_nb_svm")]
-    assert found["ensemble"]["accuracy"] >= right["recommended"] and len(found["calibration"]["ece_seeds"]) == 2
-    assert all(sum(row["n"] for row in rows) == 300 for rows in found["accuracy_by_length"].values())
+def results_of(notebook):
+    scores = [notebook.score(np.arange(40) % 2, np.arange(40) % n % 2, 2) for n in (2, 3, 5)]
+    about = {
+        "model": "owner/base",
+        "dataset": "reviews.csv",
+        "labels": ["bad", "good"],
+        "largest_class": 0.625,
+    }
+    about |= {"rows": {"train": 1234}}
+    return {
+        "provenance": about,
+        "test": scores[0],
+        "test_merged": scores[1],
+        "calibration": {"ece": 0.0321},
+    } | {"baselines": {"tfidf_logreg": scores[2]}}
 
 
-# What scripts/measure.py makes of interrupted runs
+@pytest.mark.parametrize("tail_share", [0.0, 0.25])
+def test_the_card_has_the_figures_of_the_results_and_no_paths(notebook, tiny_config, tail_share):
+    results, config = (
+        results_of(notebook),
+        tiny_config.model_copy(update={"tail_share": tail_share, "lora_r": 13}),
+    )
+    card = notebook.model_card(results, config)
+    front = notebook.re.match(r"---\n(.*?)\n---\n", card, notebook.re.DOTALL)[1]
+    assert "base_model: owner/base" in front and "{" not in card
+    for part in (results["test"], results["test_merged"], results["baselines"]["tfidf_logreg"]):
+        assert f"| {notebook.percent(part)} | {notebook.percent(part, 'f1_weighted')} |" in card
+    for figure in (
+        "| 62.5% |",
+        "3.2 points",
+        "rank 13",
+        "bad, good",
+        "32 tokens",
+        "40 test texts",
+        "`reviews.csv`",
+    ):
+        assert figure in card, figure
+    assert tiny_config.model_name not in card and tiny_config.output_dir not in card
+    assert ("[:23] + ids[-9:]" in card and "25%" in card) == bool(
+        tail_share
+    )  # as cut_middle: 1 + 0.25 x 30
+    if tail_share:
+        ids = [*range(50)]
+        assert notebook.cut_middle(ids, 32, tail_share) == ids[:23] + ids[-9:]
 
 
-def finished(out, seeds=(1, 2), changes=None):
-    """Write what ``recipes`` leaves of its first variant, and return what it finds there again."""
-    config = measure.notebook.Config()
-    first = measure.all_variants()[0]
-    row = {"recipe": first.name, "seeds": list(seeds), "seconds": [3.0] * len(seeds), "workers": 1}
-    row["settings"] = measure.settings_of(config, first) | (changes or {})
-    (out / "recipes.json").write_text(json.dumps({"recipes": [row], "inference": [{"model": "merged, fp16"}]}))
-    logits = {f"{first.name}/{seed}/{split}": np.full((4, 2), seed) for seed in seeds for split in ("validation", "test")}
-    np.savez_compressed(out / "recipes-logits.npz", **logits)
-    return measure.finished_runs(config, [2, 1], out)
+def test_an_explanation_escapes_html_and_shows_every_word(notebook, model, tiny_config, task):
+    model.config.id2label = {0: "<bad>", 1: "<bad>"}
+    shown = notebook.explain("<script>x</script> & good", model, tiny_config, task.tokenizer).data
+    assert (
+        "<script>" not in shown and "&lt;script&gt;x&lt;/script&gt;" in shown and "&amp;" in shown
+    )
+    assert "<b>&lt;bad&gt;</b>" in shown and shown.count("<span") == 3
 
 
-def test_finished_recipes_are_not_trained_again(tmp_path):
-    done, speeds = finished(tmp_path)
-    assert list(done) == ["recommended"] and speeds == [{"model": "merged, fp16"}]
-    assert [(run["seed"], run["seconds"], run["logits"]["test"][0, 0]) for run in done["recommended"]] == [(1, 3.0, 1), (2, 3.0, 2)]
+def test_an_explanation_takes_no_words_and_shares_out_a_long_text(
+    notebook, model, tiny_config, task
+):
+    assert "%" in notebook.explain(" ", model, tiny_config, task.tokenizer).data
+    words = [f"w{n}" for n in range(300)]
+    shown = notebook.explain(" ".join(words), model, tiny_config, task.tokenizer).data
+    plain = notebook.re.sub("<sub>.*?</sub>|<[^>]*>", "", shown).split(": ")[1]
+    assert shown.count("<span") == 64 and plain.split() == words
 
 
-def test_recipes_of_other_seeds_or_settings_are_trained_again(tmp_path):
-    assert measure.finished_runs(measure.notebook.Config(), [1, 2], tmp_path) == ({}, [])
-    assert not finished(tmp_path, seeds=(1, 2, 3))[0] and not finished(tmp_path, changes={"learning_rate": 5e-4})[0]
+def test_the_words_that_decide_are_marked(notebook, model, tiny_config, task, monkeypatch):
+    def logits(model, texts, *args):
+        return np.array(
+            [[0.0, 2.0 * ("good" in text) - 1.0 * ("dull" in text) + 3] for text in texts],
+            np.float32,
+        )
+
+    monkeypatch.setattr(notebook, "predict_logits", logits)
+    shown = notebook.explain("a good dull film", model, tiny_config, task.tokenizer).data
+    assert (
+        "good<sub>+2.0</sub>" in shown
+        and "dull<sub>-1.0</sub>" in shown
+        and shown.count("<sub>") == 2
+    )
+    assert '1, 115, 178, 0.50)">good' in shown and '222, 143, 5, 0.25)">dull' in shown
+    assert "98.2%" in shown  # the logistic function of 4
+
+
+def test_without_a_run_nothing_is_logged_and_a_failing_one_is_survived(notebook, monkeypatch):
+    labels = np.array([0, 1])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert "no run" in notebook.log_test({"accuracy": 1.0}, labels, labels, ["a", "b"])
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"run": None}))
+    assert "no run" in notebook.log_test({"accuracy": 1.0}, labels, labels, ["a", "b"])
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"run": object()}))
+    assert "AttributeError" in notebook.log_test({"accuracy": 1.0}, labels, labels, ["a", "b"])
+
+
+def test_without_a_gpu_what_needs_one_is_unmeasured_and_the_rest_has_figures(
+    notebook, tiny_config, task, tokenized
+):
+    config = tiny_config.model_copy(update={"efficiency_steps": 2})
+    rows = {}
+    for name, (base, adapters, chosen) in notebook.methods(config, False).items():
+        small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+        chosen = chosen.model_copy(update=small)
+        rows[name] = notebook.measure_method(base, adapters, chosen, task, tokenized["train"])
+    measured = {name for name, row in rows.items() if row["measured"]}
+    assert measured == {"full fp32", "QLoRA default", "QLoRA, this run"}
+    for name, row in rows.items():
+        figures = [value for kind, value in row.items() if kind not in ("measured", "peak_mb")]
+        assert row["peak_mb"] is None and all(
+            (value or 0) > 0 if name in measured else value is None for value in figures
+        )
+    full, this = rows["full fp32"], rows["QLoRA, this run"]
+    assert (
+        full["weights_mb"] * 1e6 == pytest.approx(4 * full["trainable_parameters"])
+        and this["weights_mb"] < full["weights_mb"]
+    )
+    assert this["trainable_parameters"] == notebook.trained_at_rank(config, task, config.lora_r)
+
+
+def test_the_methods_differ_in_what_their_names_say(notebook):
+    config = notebook.Config(
+        per_device_train_batch_size=3, gradient_checkpointing=False, max_length=99
+    )
+    table = notebook.methods(config, True)
+    assert {name: (base, lora) for name, (base, lora, _) in table.items()} == {
+        name: (
+            "4-bit" if "QLoRA" in name else "float16" if "LoRA" in name else "float32",
+            "LoRA" in name,
+        )
+        for name in table
+    }
+    settings = {name: chosen for name, (*_, chosen) in table.items()}
+    assert all(
+        chosen.cuda_graphs == ("captured" in name)
+        for name, chosen in settings.items()
+        if "this" not in name
+    )
+    assert settings.pop("QLoRA, this run") == config and {
+        each.max_length for each in settings.values()
+    } == {99}
+    assert {each.per_device_train_batch_size for each in settings.values()} == {16}
+    assert [name for name, each in settings.items() if not each.fp16] == ["full fp32"]
+    assert (
+        settings["QLoRA default"].gradient_checkpointing
+        and not settings["full fp16"].gradient_checkpointing
+    )
+
+
+def test_the_textbook_estimate_is_bytes_times_parameters(notebook):
+    estimate = notebook.textbook_estimate(109_483_778, 591_362)
+    full, qlora = estimate["full fine-tuning"], estimate["QLoRA"]
+    assert [
+        round(full["weights"]),
+        round(full["with gradients and Adam"]),
+        round(qlora["weights"]),
+    ] == [438, 1752, 55]
+    assert qlora["with gradients and Adam"] - qlora["weights"] == pytest.approx(16 * 591_362 / 1e6)

@@ -1,300 +1,316 @@
-"""Section 8: a training that was interrupted, by a kill at any moment, goes on and ends as if it had not been."""
+"""Section 8: a training that is killed, or runs out of memory, goes on and ends as if nothing had been."""
 
-import dataclasses
-import functools
+import gc
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import shutil
-import time
+import signal
+import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
+import peft
 import pytest
 import torch
-from transformers import Trainer
+
+FULL = "CUDA out of memory. Tried to allocate 20.00 MiB."
+CLOCKS = ("_seconds", "_runtime", "_per_second", "_time")  # ends of names of what no two runs share
 
 
 @pytest.fixture
 def short_config(tiny_config):
-    return dataclasses.replace(tiny_config, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-3, lora_dropout=0.3, num_train_epochs=4.0, early_stopping_patience=9)
+    """Four epochs of 10 steps, with dropout: its random numbers have to go on too."""
+    changes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "lora_dropout": 0.3}
+    return tiny_config.model_copy(update=changes | {"num_train_epochs": 4.0, "early_stopping_patience": 9})
 
 
-def train(notebook, config, data, result: Path) -> None:
-    """Do as section 8 does, and write what came of it to ``result``."""
-    torch.set_num_threads(1)
-    tokenizer, tokenized = data
-    folder, checkpoint, line = notebook.find_checkpoint(Path(config.output_dir) / "checkpoints", notebook.settings_of_training(config, tokenized))
-    model = notebook.build_qlora(config, ["classifier"])
-    steps = []
+def runs_out(notebook, fits: int = 10**9, step: int = 0):
+    """Return a callback that fails as a full GPU does, from `step` on, where more than `fits` texts are a micro-batch.
 
-    class Steps(notebook.TrainerCallback):
+    It notes each attempt: its micro-batch, accumulation and steps, and whether models of attempts before were kept.
+    """
+
+    class RunsOut(notebook.TrainerCallback):
+        attempts, models = [], []
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            gc.collect()
+            kept = sum(each() is not None for each in self.models)
+            self.models.append(weakref.ref(model))
+            self.attempts.append((args.per_device_train_batch_size, args.gradient_accumulation_steps, kept, []))
+
         def on_step_begin(self, args, state, control, **kwargs):
-            steps.append(state.global_step)
+            self.attempts[-1][-1].append(state.global_step)
+            if args.per_device_train_batch_size > fits and state.global_step >= step:
+                raise torch.OutOfMemoryError(FULL)
 
-    def make(config):
-        trainer = notebook.make_main_trainer(config, model, folder, tokenizer, tokenized)
-        trainer.add_callback(Steps)
-        return trainer
-
-    trainer, _ = notebook.train_within_memory(make, config, folder)
-    history = [{name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second"))} for row in trainer.state.log_history]
-    weights = {name: parameter.detach().double().sum().item() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, notebook.TrainingClock))
-    notebook.write_whole(result, json.dumps({"line": line, "history": [row for row in history if "train_loss" not in row], "best": trainer.state.best_metric, "epochs": trainer.state.epoch, "weights": weights, "seconds": clock.seconds, "steps": len(steps)}))
+    return RunsOut()
 
 
-def run_for(seconds: float | None, *arguments) -> bool:
-    """Train in a process of its own; kill it after ``seconds``. Tell whether it came to its end."""
+def adapter_of(trainer) -> dict:
+    return peft.get_peft_model_state_dict(trainer.model)
+
+
+def train(notebook, config, task, tokenized, result: Path, killed_after: float = 0.0) -> None:
+    """Do as section 8 does, and write what came of it to `result`; or be killed some seconds after training began."""
+
+    class Kill(notebook.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            timer = threading.Timer(killed_after, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True  # the end of the training is waited for, and the timer is not
+            timer.start()
+
+    torch.set_num_threads(1)
+    folder, _ = notebook.training_folder(config, tokenized, 1)
+    _, epoch, _ = notebook.last_checkpoint(folder)
+    note = runs_out(notebook)
+    trainer = notebook.train_within_memory(config, task, tokenized, folder, [note] + [Kill()] * bool(killed_after))
+    rows = [row for row in trainer.state.log_history if "train_loss" not in row]
+    history = [{n: value for n, value in row.items() if not n.endswith(CLOCKS)} for row in rows]
+    adapter = {name: each.double().sum().item() for name, each in adapter_of(trainer).items()}
+    seconds = [row["train_seconds"] for row in rows if "train_seconds" in row][-1]
+    found = {"history": history, "adapter": adapter, "epochs": trainer.state.epoch, "begun": epoch}
+    notebook.atomic_write(result, json.dumps(found | {"steps": len(note.attempts[0][-1]), "seconds": seconds}))
+
+
+def comes_to_its_end(*arguments) -> bool:
+    """Train in a process of its own, and tell whether it was not killed."""
     process = multiprocessing.get_context("fork").Process(target=train, args=arguments)
     process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return False
-    assert process.exitcode == 0
-    return True
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
 
 
 def outcome(path: Path) -> dict:
-    return {name: value for name, value in json.loads(path.read_text()).items() if name not in ("line", "seconds", "steps")}
+    found = json.loads(path.read_text())
+    return {name: found[name] for name in ("history", "adapter", "epochs")}
 
 
-def test_killed_at_ten_random_moments_it_ends_as_if_it_had_not_been(notebook, short_config, small_data, tmp_path):
-    whole = tmp_path / "whole.json"
-    start = time.monotonic()
-    assert run_for(None, notebook, short_config, small_data, whole)
-    duration = time.monotonic() - start
-    shutil.rmtree(short_config.output_dir)
-    moments, kills, resumed = random.Random(0), 0, 0
-    while kills < 10:
-        result = tmp_path / f"killed-{kills}.json"
-        for _ in range(4):
-            if run_for(moments.uniform(0.2, 1) * duration, notebook, short_config, small_data, result):
+# Kills
+
+
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(notebook, short_config, task, tokenized, tmp_path):
+    whole, begun, moments, kills = tmp_path / "whole.json", set(), random.Random(0), 0
+    assert comes_to_its_end(notebook, short_config, task, tokenized, whole)
+    seconds = json.loads(whole.read_text())["seconds"]
+    for number in range(9):
+        shutil.rmtree(short_config.output_dir)
+        result = tmp_path / f"killed-{number}.json"
+        for moment in (moments.uniform(0.1, 1) * seconds, moments.uniform(0.1, 0.5) * seconds, 0.0):
+            if comes_to_its_end(notebook, short_config, task, tokenized, result, moment):
                 break
             kills += 1
-        else:
-            assert run_for(None, notebook, short_config, small_data, result)
         assert outcome(result) == outcome(whole)
-        resumed += "Resuming after epoch" in json.loads(result.read_text())["line"]
-        shutil.rmtree(short_config.output_dir)
-    assert resumed >= 1
+        begun.add(json.loads(result.read_text())["begun"])
+        if kills >= 4 and begun & {1, 2, 3}:  # one at least went on in the middle
+            return
+    raise AssertionError(f"{kills} kills, and it went on after epochs {begun} only")
 
 
-def test_the_same_seed_gives_the_same_to_the_last_digit_and_a_finished_run_is_not_trained_again(notebook, short_config, small_data, tmp_path):
-    first, again, third = (tmp_path / f"{number}.json" for number in (1, 2, 3))
-    run_for(None, notebook, short_config, small_data, first)
-    run_for(None, notebook, short_config, small_data, third)
+def test_a_finished_training_is_not_trained_again(notebook, short_config, task, tokenized, tmp_path):
+    first, again, anew = (tmp_path / f"{name}.json" for name in ("first", "again", "anew"))
+    assert comes_to_its_end(notebook, short_config, task, tokenized, first)
+    assert comes_to_its_end(notebook, short_config, task, tokenized, again)
     shutil.rmtree(short_config.output_dir)
-    run_for(None, notebook, short_config, small_data, again)
-    assert outcome(first) == outcome(again) == outcome(third)
-    before, after = (json.loads(path.read_text()) for path in (first, third))
-    assert before["steps"] == 4 * 20 and after["steps"] == 0
-    assert "Resuming after epoch 4" in after["line"] and "nothing is trained again" in after["line"]
-    assert before["seconds"] * 0.8 < after["seconds"] < before["seconds"] * 1.8  # the first run's time, kept
+    assert comes_to_its_end(notebook, short_config, task, tokenized, anew)
+    assert outcome(first) == outcome(again) == outcome(anew)  # the same seed gives the same to the last digit
+    before, after = (json.loads(path.read_text()) for path in (first, again))
+    assert (before["steps"], after["steps"], after["begun"]) == (40, 0, 4)
+    assert before["seconds"] == after["seconds"]  # the first run's, and not those of doing nothing
 
 
-def test_a_run_that_early_stopping_ended_is_not_trained_on(notebook, short_config, small_data, tmp_path):
-    config = dataclasses.replace(short_config, num_train_epochs=9.0, early_stopping_patience=2)
+def test_an_early_stopped_training_is_not_trained_on(notebook, short_config, task, tokenized, tmp_path, monkeypatch):
+    accuracies = itertools.chain([0.1, 0.5, 0.9], itertools.repeat(0.6))
+    monkeypatch.setattr(notebook, "compute_metrics", lambda _: {"accuracy": next(accuracies)})
+    config = short_config.model_copy(update={"num_train_epochs": 9.0, "early_stopping_patience": 2})
     first, again = tmp_path / "first.json", tmp_path / "again.json"
-    assert run_for(None, notebook, config, small_data, first) and run_for(None, notebook, config, small_data, again)
-    assert outcome(again) == outcome(first) and json.loads(again.read_text())["steps"] == 0
-    assert json.loads(first.read_text())["epochs"] < 9 and "The training had ended there" in json.loads(again.read_text())["line"]
-    history = [row["eval_accuracy"] for row in json.loads(first.read_text())["history"] if "eval_accuracy" in row]
-    assert history[-3] == max(history)  # the best adapter is not the last
+    train(notebook, config, task, tokenized, first)
+    folder, _ = notebook.training_folder(config, tokenized, 1)
+    assert notebook.last_checkpoint(folder) == (folder / "checkpoint-40", 4, True)
+    train(notebook, config, task, tokenized, again)
+    assert outcome(again) == outcome(first) and outcome(first)["epochs"] == 4
+    assert json.loads(first.read_text())["steps"] == 40 and json.loads(again.read_text())["steps"] == 0
 
 
-def test_the_clock_keeps_the_peak_of_before_the_interruption(notebook, monkeypatch):
-    """Without a GPU: PyTorch's counter is played."""
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 700)
-    clock = notebook.TrainingClock()
-    assert clock.state()["attributes"] == {"seconds": 0.0, "peak": 0}  # the model's loading is not the training's
-    clock.on_train_begin(None, None, None)
-    kept = clock.state()["attributes"]
-    resumed = notebook.TrainingClock.from_state({"args": {}, "attributes": kept})
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 300)
-    resumed.on_train_begin(None, None, None)
-    resumed.on_train_end(None, None, None)
-    assert resumed.peak == 700 and resumed.seconds >= kept["seconds"]
-
-
-@pytest.fixture(scope="module")
-def two_epochs(notebook, tiny_bert, small_data, tmp_path_factory):
-    """The folder of a training of two epochs, with a checkpoint of each."""
-    folder = tmp_path_factory.mktemp("two-epochs")
-    environ = {"QLORA_PROFILE": "full", "QLORA_MODEL_NAME": tiny_bert, "QLORA_MAX_LENGTH": "32", "QLORA_OUTPUT_DIR": str(folder), "QLORA_NUM_TRAIN_EPOCHS": "2", "QLORA_GRADIENT_ACCUMULATION_STEPS": "1", "QLORA_PER_DEVICE_TRAIN_BATCH_SIZE": "8"}
-    assert run_for(None, notebook, notebook.resolve_config(environ, cuda=False)[0], small_data, folder / "result.json")
-    (checkpoints,) = (folder / "checkpoints").iterdir()
-    assert [path.name for path in sorted(checkpoints.glob("checkpoint-*"))] == ["checkpoint-20", "checkpoint-40"]
-    return checkpoints
-
-
-@pytest.fixture
-def checkpoints(two_epochs, tmp_path):
-    """A copy of ``two_epochs``, to damage."""
-    return Path(shutil.copytree(two_epochs, tmp_path / "checkpoints"))
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
-@pytest.mark.parametrize("share", [None, 0, 0.5, 0.98])
-def test_a_half_written_checkpoint_is_skipped(notebook, checkpoints, name, share):
-    assert notebook.last_checkpoint(checkpoints).name == "checkpoint-40"
-    path = checkpoints / "checkpoint-40" / name
+def test_a_half_written_checkpoint_is_skipped_and_written_again(notebook, short_config, task, tokenized, tmp_path):
+    """Killed while it wrote: the file that is written last is missing or cut, the others may be anything."""
+    config, folder = short_config.model_copy(update={"num_train_epochs": 2.0}), tmp_path / "run"
+    kept = adapter_of(notebook.train_within_memory(config, task, tokenized, folder))
+    assert notebook.last_checkpoint(folder) == (folder / "checkpoint-20", 2, True)
+    path, *others = sorted((folder / "checkpoint-20").iterdir(), key=lambda each: each.name != "trainer_state.json")
+    assert path.stat().st_mtime_ns >= max(other.stat().st_mtime_ns for other in others)
     content = path.read_bytes()
-    path.unlink() if share is None else path.write_bytes(content[: int(share * len(content))])
-    assert notebook.last_checkpoint(checkpoints).name == "checkpoint-20"
+    for share in (0, 0.5, 0.98, None):
+        path.unlink() if share is None else path.write_bytes(content[: int(share * len(content))])
+        assert notebook.last_checkpoint(folder) == (folder / "checkpoint-10", 1, False)
+    for other in others:
+        other.write_bytes(b"half")
+    again = adapter_of(notebook.train_within_memory(config, task, tokenized, folder))
+    assert notebook.last_checkpoint(folder) == (folder / "checkpoint-20", 2, True)
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
 
 
-def test_other_settings_and_other_data_start_anew_and_say_why(notebook, short_config, small_data, tmp_path):
-    folder, settings = tmp_path / "checkpoints", notebook.settings_of_training(short_config, small_data[1])
-    own, checkpoint, line = notebook.find_checkpoint(folder, settings)
-    assert checkpoint is None and line == "Starting from the pretrained weights."
-    for changes, reason in (({"learning_rate": 5e-4}, r"learning_rate 0.0005, not 0.001"), ({"data": "other"}, "the data")):
-        os.utime(own / "settings.json")
-        other, checkpoint, line = notebook.find_checkpoint(folder, settings | changes)
-        assert other != own and checkpoint is None and f"{own} is kept and not resumed: other settings ({reason})" in line
-        os.utime(other / "settings.json", (0, 0))
+def test_the_newest_checkpoint_is_that_of_the_most_steps(notebook, tmp_path):
+    """As numbers, not as text, and whichever was touched last."""
+    (tmp_path / "checkpoint-200").mkdir()
+    assert notebook.last_checkpoint(tmp_path) == notebook.last_checkpoint(tmp_path / "none") == (None, 0, False)
+    for steps, stopped in ((100, True), (20, False), (9, False)):
+        control = {"TrainerControl": {"args": {"should_training_stop": stopped}}}
+        state = {"epoch": steps / 10, "stateful_callbacks": control}
+        notebook.atomic_write(tmp_path / f"checkpoint-{steps}" / "trainer_state.json", json.dumps(state))
+    assert notebook.last_checkpoint(tmp_path) == (tmp_path / "checkpoint-100", 10, True)
 
 
-def test_what_does_not_concern_the_training_does_not_hinder_resuming(notebook, short_config, small_data):
-    settings = notebook.settings_of_training(short_config, small_data[1])
-    changes = {"data_dir": "elsewhere", "ranks": [1], "rank_seeds": 2, "efficiency_steps": 1, "growth_batches": [1], "memory_caps_gb": [4.0], "per_device_eval_batch_size": 16}
-    assert notebook.settings_of_training(dataclasses.replace(short_config, **changes), small_data[1]) == settings
-    for field in ("seed", "learning_rate", "tail_share", "model_name", "execution"):
-        value = {"model_name": "other", "execution": "lean"}.get(field, 0.25)
-        assert notebook.settings_of_training(dataclasses.replace(short_config, **{field: value}), small_data[1]) != settings
-    fewer = notebook.DatasetDict(small_data[1] | {"train": small_data[1]["train"].select(np.arange(100))})
-    assert notebook.settings_of_training(short_config, fewer)["data"] != settings["data"]
+# Which training goes on
+
+
+def test_other_settings_or_data_get_another_folder_and_the_line_says_what_differs(notebook, short_config, tokenized):
+    own, line = notebook.training_folder(short_config, tokenized, 1)
+    assert line == "" and own.parent == Path(short_config.output_dir) / "checkpoints"
+    fewer = notebook.DatasetDict({**tokenized, "train": tokenized["train"].select(range(150))})
+    labels = [1 - label for label in tokenized["validation"]["label"]]
+    relabelled = tokenized["validation"].remove_columns("label").add_column("label", labels)
+    cases = [
+        ({name: value}, tokenized, name) for name, value in {"learning_rate": 5e-4, "seed": 1, "lora_r": 2}.items()
+    ]
+    cases += [({}, fewer, "data"), ({}, notebook.DatasetDict({**tokenized, "validation": relabelled}), "data")]
+    cases += [({"per_device_train_batch_size": 4}, tokenized, "batch")]
+    for changes, data, differs in cases:
+        other, line = notebook.training_folder(short_config.model_copy(update=changes), data, 1)
+        assert other != own and line.endswith(f"another {differs}."), differs
+        os.utime(other / "settings.json", (0, 0))  # so that the first is the newest again
+    _, line = notebook.training_folder(short_config.model_copy(update={"seed": 2, "max_length": 16}), tokenized, 1)
+    assert {"seed", "max_length"} == set(line.removesuffix(".").split("another ")[1].split(", "))
+
+
+ELSEWHERE = {"data_dir": "elsewhere", "preset": "fast", "ranks": [1], "rank_epochs": 1.0, "rank_learning_rate": 1.0}
+ELSEWHERE |= {"rank_train_samples": 32, "efficiency_steps": 1, "wandb_project": "other", "push_to_hub": "me/mine"}
+SPLITS = [(4, 4, 1), (1, 16, 1), (8, 1, 2), (1, 4, 4)]  # micro-batch, accumulation, processes
+
+
+def test_what_does_not_concern_training_keeps_the_folder(notebook, short_config, tokenized):
+    kept = (notebook.training_folder(short_config, tokenized, 1)[0], "")
+    assert notebook.training_folder(short_config.model_copy(update=ELSEWHERE), tokenized, 1) == kept
+    for micro, steps, processes in SPLITS:
+        parts = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
+        config = short_config.model_copy(update=parts | {"per_device_eval_batch_size": micro})
+        assert notebook.training_folder(config, tokenized, processes) == kept
+    other = notebook.DatasetDict({**tokenized, "test": tokenized["validation"]})
+    assert notebook.training_folder(short_config, other, 1) == kept  # the test split plays no part
 
 
 # Memory
 
 
-class RunsOut:
-    """A callback's step that fails as a full GPU does, from ``step`` on, while more than ``fits`` reviews are trained at once."""
-
-    def __init__(self, notebook, fits: int, step: int):
-        class Callback(notebook.TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if args.per_device_train_batch_size > fits and state.global_step >= step:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-        self.callback, self.made, self.sizes = Callback, [], []
-
-    def make(self, notebook, model, folder, data):
-        def make(config):
-            assert not any(trainer() for trainer in self.made), "a Trainer that ran out of memory still holds some"
-            trainer = notebook.make_main_trainer(config, model, folder, data[0], data[1])
-            trainer.add_callback(self.callback)
-            self.made.append(weakref.ref(trainer))
-            self.sizes.append(sizes := set())
-            collate = trainer.data_collator
-            trainer.data_collator = lambda rows: (sizes.add(len(rows)), collate(rows))[1]
-            return trainer
-
-        return make
-
-
-@pytest.mark.parametrize("step", [0, 7, 15])
-def test_when_memory_runs_out_the_micro_batch_halves_and_the_training_stays_the_same(notebook, short_config, small_data, tmp_path, capsys, step):
-    """At the first step, within the first epoch, and in the second, after a checkpoint, whose micro-batch does not come back: 16 x 1, then 8 x 2, then 4 x 4."""
-    config = dataclasses.replace(short_config, per_device_train_batch_size=16, per_device_eval_batch_size=1, num_train_epochs=2.0, lora_dropout=0.0)
-    model = notebook.build_qlora(config, ["classifier"])
-    runs_out = RunsOut(notebook, fits=4, step=step)
-    make = runs_out.make(notebook, model, tmp_path / "a", small_data)
-    trainer, used = notebook.train_within_memory(make, config, tmp_path / "a")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "memory ran out" in line]
-    assert lines == ["The GPU's memory ran out: 8 x 2 reviews a step from here on, instead of 16 x 1.", "The GPU's memory ran out: 4 x 4 reviews a step from here on, instead of 8 x 2."]
-    assert (used.per_device_train_batch_size, used.gradient_accumulation_steps) == (4, 4) and trainer.state.global_step == 20
-    assert [max(sizes) for sizes in runs_out.sizes] == [16, 8, 4]  # reviews that were trained at once
-    written = sorted((tmp_path / "a").glob("checkpoint-*/trainer_state.json"))
-    assert {json.loads(path.read_text())["train_batch_size"] for path in written} == ({4} if step < 10 else {16})
-    whole = notebook.build_qlora(config, ["classifier"])
-    make = functools.partial(notebook.make_main_trainer, model=whole, folder=tmp_path / "b", tokenizer=small_data[0], tokenized=small_data[1])
-    notebook.train_within_memory(make, config, tmp_path / "b")
-    for (name, parameter), other in zip(model.named_parameters(), whole.parameters()):
-        if parameter.requires_grad:
-            assert torch.allclose(parameter, other, atol=2e-4), name
+@pytest.fixture
+def undropped(short_config):
+    """Two epochs of ten steps on 16 texts, without dropout, whose numbers depend on the micro-batch."""
+    return short_config.model_copy(update={"num_train_epochs": 2.0, "lora_dropout": 0.0})
 
 
 @pytest.fixture
-def validation_runs_out(monkeypatch):
-    """Return a function after which a validation of more than ``fits`` reviews at once fails as on a full GPU."""
-
-    def limit(fits: int) -> None:
-        predict = Trainer.prediction_step
-
-        def prediction_step(self, model, inputs, *args, **kwargs):
-            if len(inputs["labels"]) > fits:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-            return predict(self, model, inputs, *args, **kwargs)
-
-        monkeypatch.setattr(Trainer, "prediction_step", prediction_step)
-
-    return limit
+def whole_adapter(notebook, undropped, task, tokenized, tmp_path):
+    """The adapter of a training that has all the memory it needs."""
+    return adapter_of(notebook.train_within_memory(undropped, task, tokenized, tmp_path / "whole"))
 
 
-def test_when_memory_runs_out_in_a_validation_only_the_validation_is_made_again(notebook, short_config, small_data, tmp_path, capsys, validation_runs_out):
-    config = dataclasses.replace(short_config, per_device_eval_batch_size=16, num_train_epochs=2.0)
-    results = []
-    for folder in ("a", "b"):
-        model = notebook.build_qlora(config, ["classifier"])
-        runs_out = RunsOut(notebook, fits=8, step=0)
-        trainer, used = notebook.train_within_memory(runs_out.make(notebook, model, tmp_path / folder, small_data), config, tmp_path / folder)
-        assert used == config and len(runs_out.made) == 1 and trainer.state.global_step == 40
-        results.append([(row["eval_accuracy"], pytest.approx(row["eval_loss"], abs=1e-6)) for row in trainer.state.log_history if "eval_loss" in row])
-        validation_runs_out(5)
-    assert results[0] == results[1] and trainer.args.per_device_eval_batch_size == 4
-    lines = [line for line in capsys.readouterr().out.splitlines() if "memory ran out" in line]
-    assert lines == ["The GPU's memory ran out in a validation: 8 reviews at once from here on, instead of 16.", "The GPU's memory ran out in a validation: 4 reviews at once from here on, instead of 8."]
+def assert_alike(adapter: dict, other: dict) -> None:
+    assert max((adapter[name] - other[name]).abs().max() for name in other) < 2e-4
 
 
-def test_a_validation_of_which_not_one_review_fits_is_an_error_that_says_what_to_do(notebook, short_config, small_data, tmp_path, validation_runs_out):
-    validation_runs_out(0)
-    trainer = notebook.make_main_trainer(short_config, notebook.build_qlora(short_config, ["classifier"]), tmp_path, *small_data)
-    with pytest.raises(MemoryError, match="Not even one review of the validation.*QLORA_MAX_LENGTH, QLORA_EXECUTION=lean"):
-        trainer.evaluate()
+@pytest.mark.parametrize(("step", "resumed"), [(3, 0), (15, 10)])
+def test_when_memory_runs_out_in_a_step_it_goes_on_with_smaller_micro_batches(
+    notebook, undropped, task, tokenized, tmp_path, whole_adapter, step, resumed
+):
+    """Within the first epoch, and in the second, after a checkpoint."""
+    full = runs_out(notebook, fits=4, step=step)
+    trainer = notebook.train_within_memory(undropped, task, tokenized, tmp_path / "run", [full])
+    parts = [(micro, accumulation) for micro, accumulation, *_ in full.attempts]
+    assert parts == [(16, 1), (8, 2), (4, 4)]
+    assert [kept for *_, kept, _ in full.attempts] == [0, 0, 0]  # no model of before takes memory
+    assert [steps for *_, steps in full.attempts] == [
+        [*range(step + 1)],
+        [*range(resumed, step + 1)],
+        [*range(resumed, 20)],
+    ]
+    assert trainer.state.global_step == 20
+    assert_alike(adapter_of(trainer), whole_adapter)
 
 
-@pytest.mark.parametrize(("micro", "accumulation", "halved"), [(16, 2, (8, 4)), (3, 4, (1, 12)), (6, 1, (3, 2)), (2, 16, (1, 32))])
-def test_the_effective_batch_stays(notebook, tiny_config, micro, accumulation, halved):
-    config = dataclasses.replace(tiny_config, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
-    smaller = notebook.smaller_batches(config)
-    assert (smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps) == halved
+def test_when_memory_runs_out_in_a_validation_it_goes_on_with_smaller_batches(
+    notebook, undropped, task, tokenized, tmp_path, whole_adapter, monkeypatch
+):
+    """In the second epoch's validation; it is made again, and so is its epoch."""
+    predict, sizes, note = notebook.Trainer.prediction_step, [], runs_out(notebook, fits=16, step=0)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        sizes.append(len(inputs["labels"]))
+        if self.state.global_step == 20 and sizes[-1] > 16:
+            raise torch.OutOfMemoryError(FULL)
+        return predict(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(notebook.Trainer, "prediction_step", prediction_step)
+    trainer = notebook.train_within_memory(undropped, task, tokenized, tmp_path / "run", [note])
+    assert [(micro, accumulation) for micro, accumulation, *_ in note.attempts] == [(16, 1), (8, 2), (4, 4)]
+    assert [steps[0] for *_, steps in note.attempts] == [0, 10, 10]
+    assert sizes[-2:] == [16, 4]  # the 20 texts, in two batches
+    assert_alike(adapter_of(trainer), whole_adapter)
 
 
-def test_one_review_that_does_not_fit_is_an_error_that_says_what_to_do(notebook, tiny_config):
-    with pytest.raises(MemoryError, match="Not even one review of 32 tokens.*QLORA_MAX_LENGTH, QLORA_EXECUTION=lean"):
-        notebook.smaller_batches(dataclasses.replace(tiny_config, per_device_train_batch_size=1))
+def fail_with(notebook, monkeypatch, error) -> list:
+    """Let each training fail with `error`; return a list that will hold the batches that were tried."""
+    tried = []
+
+    def train_once(config, *args):
+        tried.append((config.per_device_train_batch_size, config.gradient_accumulation_steps))
+        raise error
+
+    monkeypatch.setattr(notebook, "train_once", train_once)
+    return tried
 
 
-# Disks
+def test_each_try_keeps_the_effective_batch_and_if_none_fits_the_error_says_what_to_do(
+    notebook, short_config, monkeypatch, tmp_path
+):
+    tried = fail_with(notebook, monkeypatch, torch.OutOfMemoryError(FULL))
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    with pytest.raises(MemoryError, match="32 tokens.*lean"):
+        notebook.train_within_memory(short_config.model_copy(update=parts), None, None, tmp_path)
+    assert tried == [(4, 3), (3, 4), (2, 6), (1, 12)]
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(notebook, tiny_config, tmp_path):
-    (tmp_path / "file").write_text("")
-    for field, folder in (("data_dir", tmp_path / "file"), ("output_dir", "/proc/none"), ("data_dir", tmp_path / "file" / "below")):
-        with pytest.raises(OSError, match=f"cannot be written to.*QLORA_{field.upper()}=path/to/folder"):
-            notebook.check_storage(dataclasses.replace(tiny_config, **{field: str(folder)}), 1000)
+@pytest.mark.parametrize(("processes", "error"), [(2, torch.OutOfMemoryError(FULL)), (1, RuntimeError("a bug"))])
+def test_one_of_several_processes_does_not_go_on_alone_and_no_other_error_is_hidden(
+    notebook, short_config, monkeypatch, tmp_path, processes, error
+):
+    tried = fail_with(notebook, monkeypatch, error)
+    monkeypatch.setattr(notebook, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    with pytest.raises(type(error), match=str(error)):
+        notebook.train_within_memory(short_config, None, None, tmp_path)
+    assert len(tried) == 1
 
 
-def test_a_full_disk_is_said_too(notebook, tiny_config, monkeypatch):
-    notebook.check_storage(tiny_config, 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**8, 10**8))
-    notebook.check_storage(tiny_config, 4_000_000)
-    with pytest.raises(OSError, match="Only 100 MB are free.*up to 1,364 MB are needed.*QLORA_OUTPUT_DIR"):
-        notebook.check_storage(tiny_config, 109_483_778)
+# Figures
 
 
-def test_a_folder_is_replaced_only_when_the_new_one_is_whole(notebook, tmp_path):
-    for content in ("first", "second"):
-        with notebook.whole_folder(tmp_path / "adapter") as folder:
-            (folder / content).write_text("")
-    with pytest.raises(KeyboardInterrupt):
-        with notebook.whole_folder(tmp_path / "adapter") as folder:
-            (folder / "third").write_text("")
-            raise KeyboardInterrupt
-    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["second"]
+@pytest.mark.parametrize(("now", "peak"), [(300e6, 700.0), (900e6, 900.0)])
+def test_peak_seconds_and_steps_of_before_the_interruption_count_on(notebook, monkeypatch, now, peak):
+    """Without a GPU: PyTorch's counter and the clock are played."""
+    clock = iter([100.0, 107.0])
+    monkeypatch.setattr(notebook.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now)
+    before = {"eval_loss": 1.0, "train_seconds": 20.0, "steps_all": 50, "steps_captured": 40, "peak_mb": 700.0}
+    state = SimpleNamespace(log_history=[before, {"loss": 1.0}])
+    record = notebook.TrainingRecord(SimpleNamespace(steps={"all": 6, "captured": 3}))
+    record.on_train_begin(None, state, None)
+    state.log_history.append({"eval_loss": 0.5})
+    record.on_log(None, state, None, logs=state.log_history[-1])
+    cost = {"train_seconds": 27.0, "steps_all": 56, "steps_captured": 43, "peak_mb": peak}
+    assert state.log_history[-1] == {"eval_loss": 0.5} | cost

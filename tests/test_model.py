@@ -1,168 +1,414 @@
-"""Sections 6, 7, 10 to 13: what is quantized, what is trained, what it weighs, and what survives saving and merging."""
+"""Sections 2, 6, 7 and 9: which models are taken, what is 4-bit, what is trained, what survives saving and merging."""
 
-import dataclasses
+import shutil
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification
+import transformers
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+SHAPE = {"vocab_size": 30522, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"intermediate_size": 128, "max_position_embeddings": 130}
+DISTIL = {"vocab_size": 30522, "dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 128}
+DEBERTA = SHAPE | {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+}
+IDS = dict.fromkeys(["bos_token_id", "cls_token_id"], 101) | dict.fromkeys(
+    ["eos_token_id", "sep_token_id"], 102
+)
+FAMILIES = {  # configuration, query and value, head
+    "bert": (BertConfig(**SHAPE), ["query", "value"], ["classifier"]),
+    "roberta": (transformers.RobertaConfig(**SHAPE), ["query", "value"], ["classifier"]),
+    "electra": (transformers.ElectraConfig(**SHAPE), ["query", "value"], ["classifier"]),
+    "albert": (
+        transformers.AlbertConfig(**SHAPE, embedding_size=64),
+        ["query", "value"],
+        ["classifier"],
+    ),
+    "mpnet": (transformers.MPNetConfig(**SHAPE), ["q", "v"], ["classifier"]),
+    "distilbert": (
+        transformers.DistilBertConfig(**DISTIL),
+        ["q_lin", "v_lin"],
+        ["pre_classifier", "classifier"],
+    ),
+    "deberta-v2": (
+        transformers.DebertaV2Config(**DEBERTA),
+        ["query_proj", "value_proj"],
+        ["pooler", "classifier"],
+    ),
+    "modernbert": (
+        transformers.ModernBertConfig(**SHAPE | IDS, pad_token_id=0),
+        ["Wqkv"],
+        ["head", "classifier"],
+    ),
+}
 
 
-def batch(rows=4, length=12, seed=0):
-    torch.manual_seed(seed)
-    return {"input_ids": torch.randint(1000, 20000, (rows, length)), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
+@pytest.fixture(scope="module")
+def save(tmp_path_factory, offline_model):
+    """A function that saves a model with a tokenizer of 30,522 tokens, and returns the folder."""
+    tokenizer = AutoTokenizer.from_pretrained(offline_model)
+
+    def run(model):
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return run
 
 
-def test_building_leaves_the_list_of_heads_alone(notebook, tiny_config):
-    heads = ["classifier"]
-    notebook.build_qlora(tiny_config, heads)
-    assert heads == ["classifier"]
+@pytest.fixture(scope="module")
+def family(save):
+    """A function that returns the folder of a tiny random model of a family."""
+    folders = {}
+
+    def run(name):
+        if name not in folders:
+            torch.manual_seed(0)
+            folders[name] = save(transformers.AutoModel.from_config(FAMILIES[name][0]))
+        return folders[name]
+
+    return run
 
 
-def test_bert_base_trains_591362_parameters(notebook, tmp_path):
-    BertConfig().save_pretrained(tmp_path)
-    config, _ = notebook.resolve_config({"QLORA_MODEL_NAME": str(tmp_path)}, cuda=True)
-    model, head = notebook.inspect_model(str(tmp_path))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = notebook.trainable_at_rank(str(tmp_path), config, head, config.lora_r)
-    assert (trainable, total) == (591_362, 109_483_778) and trainable / (total + trainable) == pytest.approx(0.0054, abs=5e-5)
+@pytest.fixture
+def configure(notebook, tmp_path):
+    """A function that returns the settings for a model in a folder, on a CPU."""
+    settings = {
+        "preset": "full",
+        "max_length": 32,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "output_dir": str(tmp_path),
+    }
+    resolve = notebook.resolve_config
+    return lambda folder, **changes: resolve(
+        settings | {"model_name": str(folder)} | changes, {}, cuda=False
+    )[0]
 
 
-@pytest.mark.parametrize("rank", [1, 8, 64])
-def test_trainable_parameters_grow_with_the_rank(notebook, tiny_config, rank):
-    assert notebook.trainable_at_rank(tiny_config.model_name, tiny_config, ["classifier"], rank) == 2 * 2 * rank * (64 + 64) + 64 * 2 + 2
+@pytest.fixture
+def refusal(notebook, configure):
+    """A function that returns what the refusal of a model says."""
+
+    def run(folder, **changes):
+        with pytest.raises(ValueError) as error:
+            notebook.check_model(configure(folder, **changes))
+        return str(error.value)
+
+    return run
 
 
-def test_another_rank_keeps_the_scale(notebook, tiny_config):
+def randomize(model, std=0.05):
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=std)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_has_its_names_of_query_and_value_and_its_head(
+    notebook, family, configure, name
+):
+    _, targets, head = FAMILIES[name]
+    tokenizer, found, count, config = notebook.check_model(configure(family(name)))
+    assert (config.target_modules, found, len(tokenizer)) == (targets, head, 30522)
+    model = notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))
+    trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(
+        "lora_" in n or n.split(".modules_to_save")[0].split(".")[-1] in head for n in trained
+    )
+    assert {each for each in targets if any(f".{each}.lora_A" in n for n in trained)} == {*targets}
+    assert {each for each in head if any(f"{each}.modules_to_save" in n for n in trained)} == {
+        *head
+    }
+    assert count == sum(
+        each.numel() for each in notebook.load_classifier(config, ["a", "b"])[0].parameters()
+    )
+
+
+def test_an_own_choice_of_layers_is_kept(notebook, family, configure):
+    for targets in (["all-linear"], ["dense"], ["attention.self.key"]):
+        assert (
+            notebook.check_model(configure(family("bert"), target_modules=targets))[
+                3
+            ].target_modules
+            == targets
+        )
+
+
+def test_a_model_without_what_is_needed_is_refused_with_what_is_missing(family, refusal, tmp_path):
+    whole, partial = family("bert"), tmp_path / "partial"
+    shutil.copytree(whole, partial)
+    for path in partial.glob("tokenizer*"):
+        path.unlink()
+    assert "no tokenizer" in refusal(partial) and str(partial) in refusal(partial)
+    (partial / "model.safetensors").rename(partial / "pytorch_model.bin")
+    assert "model.safetensors" in refusal(partial) and "code" in refusal(partial)
+    assert "config.json" in refusal(whole / "config.json")  # a file is no model
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+        (tmp_path / "adapter" / name).touch()
+    said = refusal(tmp_path / "adapter")
+    assert "adapter" in said and "base" in said and "outputs/merged" in said
+
+
+@pytest.mark.parametrize("rows", [1000, 30521, 61046])
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(save, refusal, rows):
+    said = refusal(save(BertModel(BertConfig(**SHAPE | {"vocab_size": rows}))))
+    assert "30,522" in said and f"{rows:,}" in said
+
+
+DECODERS = [
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100)
+    )
+]
+T5 = {"vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+DECODERS += [transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))]
+DECODERS += [transformers.BertLMHeadModel(BertConfig(**SHAPE, is_decoder=True))]
+
+
+@pytest.mark.parametrize("model", DECODERS, ids=lambda model: model.config.model_type)
+def test_a_decoder_is_refused_by_its_type(save, refusal, model):
+    said = refusal(save(model))
+    assert f"{model.config.model_type} model" in said and "encoder" in said
+
+
+@pytest.mark.parametrize(("name", "positions"), [("bert", 130), ("roberta", 128), ("mpnet", 128)])
+def test_texts_longer_than_the_positions_are_refused(
+    notebook, family, configure, refusal, name, positions
+):
+    folder = family(name)
+    said = refusal(folder, max_length=positions + 1)
+    assert f"max_length={positions + 1}" in said and str(positions) in said
+    config = notebook.check_model(configure(folder, max_length=positions))[3]
+    model, _ = notebook.load_classifier(config, ["a", "b"])
+    assert notebook.max_positions(model) == positions
+    assert model(torch.full((1, positions), 1000)).logits.isfinite().all()
+
+
+def test_unknown_layers_are_refused_with_the_known_ones(family, refusal):
+    said = refusal(family("bert"), target_modules="q_lin,query")
+    assert "q_lin" in said and all(
+        name in said.split("Allowed")[1] for name in ("query", "key", "dense", "all-linear")
+    )
+
+
+def test_a_checkpoint_without_weights_of_its_encoder_is_refused(save, refusal):
+    folder = save(BertModel(BertConfig(**SHAPE)))
+    BertConfig(**SHAPE | {"num_hidden_layers": 3}).save_pretrained(folder)
+    assert "lacks 16 weights" in refusal(folder) and "encoder.layer.2" in refusal(folder)
+
+
+DAMAGE = [("config.json", "{"), ("config.json", '{"model_type": "new"}'), ("tokenizer.json", "{")]
+DAMAGE += [("model.safetensors", "version https://git-lfs.github.com/spec/v1")]
+
+
+@pytest.mark.xfail(strict=True, reason="a traceback from inside transformers or safetensors")
+@pytest.mark.parametrize(("file", "content"), DAMAGE)
+def test_a_damaged_model_is_refused_by_name(notebook, family, configure, tmp_path, file, content):
+    shutil.copytree(family("bert"), tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_text(content)
+    with pytest.raises(ValueError, match="damaged") as error:
+        notebook.check_model(configure(tmp_path / "damaged"))
+    assert "<code cell" in str(error.traceback[-1].path)
+
+
+def test_a_masked_language_model_gets_a_head_and_a_pooler_that_are_trained(
+    notebook, save, configure
+):
+    tokenizer, head, _, config = notebook.check_model(
+        configure(save(BertForMaskedLM(BertConfig(**SHAPE))))
+    )
+    assert head == ["classifier", "pooler"]
+    model = notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))
+    trained = notebook.storage(model).loc["all", "trained"]
+    assert trained == 2 * 2 * 4 * (64 + 64) + 64 * 2 + 2 + 64 * 64 + 64
+    assert (
+        type(model.get_submodule("base_model.model.bert.pooler.modules_to_save.default.dense"))
+        is torch.nn.Linear
+    )
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_classifier_as_the_base_gets_a_head_for_the_new_classes(
+    notebook, save, configure, labels
+):
+    folder = save(
+        BertForSequenceClassification(BertConfig(**SHAPE, num_labels=3, problem_type="regression"))
+    )
+    config = configure(folder)
+    assert notebook.check_model(config)[1] == ["classifier"]
+    model, _ = notebook.load_classifier(config, ["x", "y", "z"][:labels])
+    assert (
+        model.classifier.weight.shape == (labels, 64)
+        and model.config.problem_type == "single_label_classification"
+    )
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"} if labels == 3 else {0: "x", 1: "y"}
+
+
+def test_the_seed_decides_the_head(notebook, family, configure):
+    configs = [configure(family("bert"), seed=seed) for seed in (1, 1, 2)]
+    heads = [
+        notebook.load_classifier(config, ["a", "b"])[0].classifier.weight for config in configs
+    ]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_the_levels_are_those_of_bitsandbytes_and_the_nearest_is_taken(notebook):
+    code = bnb.functional.get_4bit_type("nf4", device="cpu").double().numpy()
+    assert np.abs(notebook.nf4_levels() - code).max() < 1e-6
+    numbers, scales = notebook.to_nearest(
+        np.array([[0.2, -2.0, 0.9], [0.5, 1.0, 0.0]]), np.array([-1.0, 0, 0.5, 1])
+    )
+    assert numbers.tolist() == [[1, 0, 2], [2, 3, 1]] and scales.tolist() == [[2.0], [1.0]]
+
+
+@pytest.fixture
+def bert(notebook, family, configure):
+    """A function that returns settings and task for the tiny BERT."""
+
+    def run(**changes):
+        tokenizer, head, _, config = notebook.check_model(configure(family("bert"), **changes))
+        return config, notebook.Task(tokenizer, ["a", "b"], head)
+
+    return run
+
+
+def test_the_head_stays_out_of_the_4_bits(notebook, bert):
+    config, task = bert(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+    settings = notebook.quantization_config(config, task.head)
+    assert (settings.load_in_4bit, settings.bnb_4bit_quant_type) == (True, "fp4")
+    assert (settings.bnb_4bit_use_double_quant, settings.bnb_4bit_compute_dtype) == (
+        False,
+        torch.float32,
+    )
+    base = notebook.load_base(config, task)
+    linear = {
+        name: type(part) for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)
+    }
+    assert (
+        linear.pop("classifier") is torch.nn.Linear
+        and base.classifier.weight.dtype == torch.float32
+    )
+    assert {*linear.values()} == {bnb.nn.Linear4bit} and len(
+        linear
+    ) == 2 * 6 + 1  # six a layer, and the pooler
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_embeddings_in_4_bits_answer_with_the_rounded_vectors(notebook, bert, quant_type):
+    config, task = bert(quantize_embeddings=True, bnb_4bit_quant_type=quant_type)
+    table = notebook.load_base(config, task).get_input_embeddings()
+    plain = notebook.load_base(*bert()).get_input_embeddings().weight
+    packed, state = bnb.functional.quantize_4bit(
+        plain.data, quant_type=quant_type, compress_statistics=False
+    )
+    ids = torch.tensor([[0, 7, 30521]])
+    assert torch.equal(table(ids), bnb.functional.dequantize_4bit(packed, state)[ids])
+    assert table.weight.dtype == torch.uint8 and table.weight.numel() == plain.numel() / 2
+
+
+def test_storage_counts_each_parameter_and_the_constants(notebook, bert):
+    config, task = bert(quantize_embeddings=True)
+    plain = notebook.load_classifier(config, task.names)[0]
+    whole, small = notebook.storage(plain), notebook.storage(notebook.load_base(config, task))
+    assert (
+        whole.loc["all", "parameters"]
+        == small.loc["all", "parameters"]
+        == sum(p.numel() for p in plain.parameters())
+    )
+    assert whole.loc["all", "MB"] * 1e6 == pytest.approx(4 * whole.loc["all", "parameters"])
+    for table in (whole, small):
+        assert table.drop("all").sum().tolist() == pytest.approx(table.loc["all"].tolist())
+    matrices = 2 * (4 * 64 * 64 + 2 * 64 * 128) + 64 * 64
+    assert small.loc["matrices, 4-bit", "parameters"] == matrices
+    constants = matrices / 64 + 13 * 4 * (
+        16 + 256 + 1 + 1
+    )  # 8 bits a block; tables and a scale or two in 32
+    assert small.loc["matrices, 4-bit", "MB"] * 1e6 == pytest.approx(
+        matrices / 2 + constants, abs=13 * 4 * 2
+    )
+    words = 30522 * 64
+    assert small.loc["embeddings, 4-bit", "MB"] * 1e6 == pytest.approx(
+        words / 2 + 4 * words / 64 + 64
+    )
+
+
+def test_another_rank_keeps_the_scale_and_the_head_gets_no_adapter(notebook, bert):
+    config, task = bert(target_modules="all-linear", lora_r=4, lora_alpha=12)
     for rank in (1, 4, 64):
-        lora = notebook.lora_config(tiny_config, ["classifier"], rank)
-        assert lora.lora_alpha / lora.r == tiny_config.lora_alpha / tiny_config.lora_r
+        lora = notebook.lora_config(config, task.head, rank)
+        assert lora.lora_alpha / lora.r == 3 and lora.r == rank
+    names = [name for name, _ in notebook.build_qlora(config, task, 2).named_parameters()]
+    assert [name for name in names if "lora_A" in name and "pooler" in name]
+    assert not [name for name in names if "lora_" in name and "classifier" in name]
 
 
-def test_the_quantization_is_nf4_with_double_quantization(notebook):
-    config, _ = notebook.resolve_config({}, cuda=True)
-    settings = notebook.quantization_config(config, ["classifier"])
-    assert (settings.load_in_4bit, settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant, settings.bnb_4bit_compute_dtype) == (True, "nf4", True, torch.float16)
-    assert settings.llm_int8_skip_modules == ["classifier"]
+@pytest.mark.parametrize(("name", "rank"), [("bert", 1), ("bert", 64), ("distilbert", 4)])
+def test_the_formula_gives_the_trained_parameters(notebook, family, configure, name, rank):
+    tokenizer, head, _, config = notebook.check_model(configure(family(name)))
+    task = notebook.Task(tokenizer, ["a", "b", "c"], head)
+    formula = 2 * 2 * rank * (64 + 64) + 64 * 3 + 3 + (64 * 64 + 64) * ("pre_classifier" in head)
+    assert (
+        notebook.storage(notebook.build_qlora(config, task, rank)).loc["all", "trained"] == formula
+    )
+    assert notebook.trained_at_rank(config, task, rank) == formula
 
 
-def test_every_linear_layer_of_the_encoder_is_4_bit_and_the_head_is_not(qlora_model):
-    base = qlora_model.get_base_model()
-    kinds = {name: type(module) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and "lora_" not in name}
-    for name, kind in kinds.items():
-        assert (kind is Linear4bit) == ("classifier" not in name), name
-    assert sum(kind is Linear4bit for kind in kinds.values()) == 2 * 6 + 1  # six a layer, and the pooler
+@pytest.mark.parametrize("name", ["bert", "albert", "mpnet"])
+def test_recomputed_layers_give_the_same_gradients(notebook, family, configure, monkeypatch, name):
+    ids = torch.randint(1000, 20000, (4, 12), generator=torch.Generator().manual_seed(0))
+    gradients, calls, checkpoint = [], [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k)
+    )
+    for recomputes in (False, True):
+        config = configure(family(name), gradient_checkpointing=recomputes, lora_dropout=0.1)
+        tokenizer, head, _, config = notebook.check_model(config)
+        model = randomize(
+            notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))
+        ).train()
+        torch.manual_seed(2)  # of the dropout
+        model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1, 0, 1])
+        ).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        assert len(calls) == 2 * recomputes  # layers
+    for parameter, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0 and torch.equal(gradient, gradients[1][parameter]), (
+            parameter
+        )
 
 
-def test_the_storage_table_adds_up_to_the_tensors(notebook, qlora_model, tiny_bert):
-    table = notebook.storage_table(qlora_model, ["classifier"])
-    parts = table.drop(index="all")
-    assert parts["parameters"].sum() == table.loc["all", "parameters"] and parts["MB"].sum() == pytest.approx(table.loc["all", "MB"])
-    plain, _ = notebook.inspect_model(tiny_bert)
-    count = sum(parameter.numel() for parameter in plain.parameters())
-    assert table.loc["all", "parameters"] == count + table.loc["LoRA adapters", "parameters"] + table.loc["head, untrained copy", "parameters"]
-    assert table.loc["all", "trainable"] == sum(parameter.numel() for parameter in qlora_model.parameters() if parameter.requires_grad)
-    four_bit = table.loc["linear layers, 4-bit"]
-    assert four_bit["MB"] * 1e6 == four_bit["parameters"] / 2  # half a byte each
-    # One float32 scale per 64 weights is 0.5 bits a weight; quantized once more it is 8/64 bits plus tables of fixed size.
-    constants = table.loc["quantization constants", "MB"] * 1e6
-    layers = 13
-    assert four_bit["parameters"] / 64 < constants < four_bit["parameters"] / 64 + layers * (16 * 4 + 256 * 4 + 4 + 8 * 4)
-
-
-def test_full_precision_weighs_four_bytes_a_parameter(notebook, tiny_config):
-    model = notebook.load_classifier(tiny_config.model_name, 0)
-    table = notebook.storage_table(model, ["classifier"])
-    assert table.loc["all", "MB"] * 1e6 == 4 * table.loc["all", "parameters"] and table.loc["all", "bits a parameter"] == 32
-
-
-def test_nf4_rounds_normal_weights_to_sixteen_levels_a_block():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 64)
-    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
-    back = dequantize_4bit(packed, state)
-    assert all(len(block.unique()) <= 16 for block in back)
-    assert 0.05 < (back - weight).norm() / weight.norm() < 0.12
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(notebook, tmp_path, tiny_bert):
-    AutoConfig.from_pretrained(tiny_bert).save_pretrained(tmp_path)
-    from safetensors.torch import save_file
-
-    save_file({"unrelated.weight": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks .* weights of its encoder"):
-        notebook.load_classifier(str(tmp_path), 0)
-
-
-def test_a_folder_with_weights_that_could_hold_code_is_refused(notebook, tmp_path, tiny_bert):
-    AutoConfig.from_pretrained(tiny_bert).save_pretrained(tmp_path)
-    torch.save({"embeddings.word_embeddings.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="has no model.safetensors.*other formats can hold code"):
-        notebook.load_classifier(str(tmp_path), 0)
-
-
-def test_an_adapter_names_the_revision_of_its_base(notebook, tiny_config):
-    config = dataclasses.replace(tiny_config, model_revision="older")
-    assert notebook.lora_config(config, ["classifier"]).revision == "older"
-
-
-def test_a_reloaded_adapter_gives_bit_equal_logits(notebook, qlora_model, tiny_config, tmp_path):
-    torch.manual_seed(1)
-    for parameter in qlora_model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.05)
-    qlora_model.save_pretrained(tmp_path / "adapter")
-    reloaded = notebook.load_adapter(tmp_path / "adapter", tiny_config, ["classifier"])
-    with torch.no_grad():
-        before, after = qlora_model.eval()(**batch()).logits, reloaded(**batch()).logits
-    assert torch.equal(before, after)
-
-
-def test_merged_gives_the_predictions_of_the_adapter_on_the_same_base(notebook, qlora_model, tmp_path):
-    torch.manual_seed(1)
-    for parameter in qlora_model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
-    qlora_model.save_pretrained(tmp_path / "adapter")
-    adapted = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
-    with torch.no_grad():
-        before = adapted(**batch(64)).logits
-        bias = before.median(dim=0).values  # centred, both labels are predicted, or equal predictions would prove little
-        merged = adapted.merge_and_unload().eval()
-        after = merged(**batch(64)).logits
-    assert isinstance(merged, BertForSequenceClassification) and len((before - bias).argmax(-1).unique()) == 2
-    assert torch.equal((before - bias).argmax(-1), (after - bias).argmax(-1)) and torch.allclose(before, after, atol=1e-4)
-
-
-def test_predict_logits_does_not_depend_on_the_batch(notebook, tiny_config, offline_model, sentences):
-    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
-    model = notebook.load_classifier(tiny_config.model_name, 0)
-    texts = list(sentences["text"][:10])
-    assert np.allclose(notebook.predict_logits(model, tokenizer, texts, 32, batch_size=3), notebook.predict_logits(model, tokenizer, texts, 32), atol=1e-5)
-
-
-def test_without_a_gpu_only_float32_and_qlora_are_measured(notebook, tiny_config, offline_model, sentences, monkeypatch):
-    import dataclasses
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = dataclasses.replace(tiny_config, efficiency_steps=2)
-    tokenizer = notebook.AutoTokenizer.from_pretrained(offline_model)
-    train = notebook.tokenize_reviews(notebook.split_reviews(sentences.sample(400, random_state=0), 0.1, 0.1, 0), tokenizer, 32)["train"]
-    rows = {name: notebook.measure_method(method, config, ["classifier"], tokenizer, train) for name, method in notebook.efficiency_methods().iterrows()}
-    assert {name: row["measured"] for name, row in rows.items()} == {"full_fp32": True, "full_fp16": False, "full_fp16_checkpointing": False, "lora_fp16": False, "qlora_plain": True, "qlora_lean": False, "qlora_fast": False}
-    assert all(row["peak_mb"] is None for row in rows.values()) and rows["lora_fp16"]["weights_mb"] is None
-    assert rows["full_fp32"]["trainable_parameters"] * 4 == pytest.approx(rows["full_fp32"]["weights_mb"] * 1e6)
-    assert rows["qlora_plain"]["weights_mb"] < rows["full_fp32"]["weights_mb"] and rows["qlora_plain"]["samples_per_second"] > 0
-
-
-def test_the_textbook_estimate_is_bytes_times_parameters(notebook):
-    estimate = notebook.textbook_estimate(frozen=109_482_240, adapters=589_824, head=1_538)
-    assert estimate["full fine-tuning"]["weights"] == pytest.approx(437.9, abs=0.05) and estimate["full fine-tuning"]["with gradients and Adam"] == pytest.approx(1751.7, abs=0.05)
-    assert estimate["QLoRA"]["weights"] == pytest.approx(57.1, abs=0.05)
-
-
-def test_families_name_their_layers_and_heads(notebook):
-    assert notebook.describe_family("distilbert") == {"linear layers": "k_lin, lin1, lin2, out_lin, q_lin, v_lin", "new head": "pre_classifier, classifier"}
+@pytest.mark.parametrize(
+    "changes", [{}, {"quantize_embeddings": True}, {"target_modules": "all-linear"}]
+)
+def test_the_adapter_is_the_same_from_disk_and_merged(notebook, bert, tmp_path, changes):
+    config, task = bert(**changes)
+    model, texts = (
+        randomize(notebook.build_qlora(config, task), 0.2),
+        [f"a film of {n} minutes" for n in range(20)],
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    merged = notebook.merge_adapter(tmp_path / "adapter", config, task)
+    merged.save_pretrained(tmp_path / "merged")
+    alone = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    models = [model, notebook.load_adapter(tmp_path / "adapter", config, task), merged, alone]
+    logits = [notebook.predict_logits(each, texts, config, task.tokenizer) for each in models]
+    assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[2], logits[3])
+    assert np.abs(logits[0] - logits[2]).max() < 1e-4 and np.ptp(logits[0], axis=0).min() > 1e-2
+    assert {p.dtype for p in alone.parameters()} == {torch.float32} and "lora" not in str(alone)
