@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TOOLS = nbclient ipykernel
+NOTEBOOK = QLoRA_BERT_TextClassification.ipynb
 TEST_TOOLS = pytest hypothesis nbformat nbconvert papermill ruff
 
 .PHONY: run test clean
@@ -13,8 +14,10 @@ run: .venv/.run-installed
 	.venv/bin/python scripts/run_notebook.py
 
 test: .venv/.test-installed
-	.venv/bin/ruff check --quiet .
-	.venv/bin/ruff format --check --quiet .
+	.venv/bin/ruff check --quiet scripts tests
+	.venv/bin/ruff format --check --quiet scripts tests
+	.venv/bin/ruff check --quiet --line-length 100 $(NOTEBOOK)
+	.venv/bin/ruff format --check --quiet --line-length 100 $(NOTEBOOK)
 	.venv/bin/python -m pytest
 
 .venv/bin/python:

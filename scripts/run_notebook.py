@@ -25,7 +25,10 @@ NOTEBOOK = "QLoRA_BERT_TextClassification.ipynb"
 
 def hub_is_reached(timeout: float = 5.0) -> bool:
     """Tell whether the Hugging Face Hub may be used (``HF_HUB_OFFLINE`` is not set) and answers within ``timeout`` seconds."""
-    from huggingface_hub import constants, get_session  # here, because it reads the environment at import, .env included
+    from huggingface_hub import (
+        constants,
+        get_session,
+    )  # here, because it reads the environment at import, .env included
 
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout)
@@ -65,7 +68,10 @@ class ProgressClient(NotebookClient):
             print(f"\n== {heading}")
         numbers = [index for index, each in enumerate(self.nb.cells) if each.cell_type == "code"]
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        print(f"[{numbers.index(cell_index) + 1:>2}/{len(numbers)}] {lines[0].removeprefix('# @title ')[:100]}", flush=True)
+        print(
+            f"[{numbers.index(cell_index) + 1:>2}/{len(numbers)}] {lines[0].removeprefix('# @title ')[:100]}",
+            flush=True,
+        )
 
     def seconds(self) -> dict[str, float]:
         """Return how long each section took, by its name; a section whose end was not reached is missing."""
@@ -78,7 +84,11 @@ class ProgressClient(NotebookClient):
             print(content["text"], end="", flush=True)
         elif msg["msg_type"] in ("display_data", "update_display_data"):
             shown = content["data"].get("text/html", "")
-            bar = re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", shown)) if "<progress" in shown else None
+            bar = (
+                re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", shown))
+                if "<progress" in shown
+                else None
+            )
             if bar and time.monotonic() - self.last_bar > 10:
                 self.last_bar = time.monotonic()
                 print("      " + " ".join(bar.group().split()), flush=True)
@@ -92,14 +102,18 @@ def execute(notebook: Path, executed: Path, folder: Path) -> dict[str, float]:
         SystemExit: a cell failed; the message is the cell's error.
     """
     nb = nbformat.read(notebook, as_version=4)
-    client = ProgressClient(nb, timeout=None, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}})
+    client = ProgressClient(
+        nb, timeout=None, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}}
+    )
     client.extra_arguments = ["--log-level=ERROR"]  # the kernel warns that it speaks plain TCP, on this machine alone
     client.begun, client.on_cell_execute = {}, client.announce
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         client.execute()
     except CellExecutionError as error:
-        raise SystemExit(f"\n{error.ename}: {error.evalue}\nThe cells up to this one, with their outputs, are in {with_home(executed)}.") from None
+        raise SystemExit(
+            f"\n{error.ename}: {error.evalue}\nThe cells up to this one, with their outputs, are in {with_home(executed)}."
+        ) from None
     finally:
         nbformat.write(nb, executed)
     client.begun["end"] = time.monotonic()
@@ -140,13 +154,18 @@ def main() -> None:
     os.chdir(ROOT)
     load_dotenv(".env")
     if not hub_is_reached():
-        print("Without the Hugging Face Hub (HF_HUB_OFFLINE is set, or it does not answer): on the offline assets.", flush=True)
+        print(
+            "Without the Hugging Face Hub (HF_HUB_OFFLINE is set, or it does not answer): on the offline assets.",
+            flush=True,
+        )
         use_offline_assets(os.environ)
     output_dir, data_dir = os.environ.get("QLORA_OUTPUT_DIR") or "outputs", os.environ.get("QLORA_DATA_DIR") or "Data"
     executed = (ROOT / output_dir / NOTEBOOK).with_suffix(".executed.ipynb")
     seconds = execute(ROOT / NOTEBOOK, executed, ROOT)
     path = ROOT / data_dir / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) | {"sections": {name: round(each, 1) for name, each in seconds.items()}}
+    results = json.loads(path.read_text(encoding="utf-8")) | {
+        "sections": {name: round(each, 1) for name, each in seconds.items()}
+    }
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(summary(results, data_dir, output_dir, executed))
 

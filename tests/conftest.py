@@ -39,7 +39,7 @@ def sentences(notebook):
     import offline_assets
 
     (table,) = notebook.read_tables(str(offline_assets.ensure_reviews()))
-    return notebook.clean(notebook.pick_columns(table, "", ""))[0]
+    return notebook.clean(notebook.pick_columns([table]))[0]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import signal
 import threading
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -24,7 +23,11 @@ CLOCKS = ("_seconds", "_runtime", "_per_second", "_time")  # ends of names of wh
 @pytest.fixture
 def short_config(tiny_config):
     """Four epochs of 10 steps, with dropout: its random numbers have to go on too."""
-    changes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "lora_dropout": 0.3}
+    changes = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "lora_dropout": 0.3,
+    }
     return tiny_config.model_copy(update=changes | {"num_train_epochs": 4.0, "early_stopping_patience": 9})
 
 
@@ -51,7 +54,7 @@ def runs_out(notebook, fits: int = 10**9, step: int = 0):
     return RunsOut()
 
 
-def adapter_of(trainer) -> dict:
+def adapter_of(trainer) -> dict[str, torch.Tensor]:
     return peft.get_peft_model_state_dict(trainer.model)
 
 
@@ -65,9 +68,8 @@ def train(notebook, config, task, tokenized, result: Path, killed_after: float =
             timer.start()
 
     torch.set_num_threads(1)
-    folder, _ = notebook.training_folder(config, tokenized, 1)
-    _, epoch, _ = notebook.last_checkpoint(folder)
-    note = runs_out(notebook)
+    folder, note = notebook.training_folder(config, tokenized, 1)[0], runs_out(notebook)
+    epoch = notebook.last_checkpoint(folder)[1]
     trainer = notebook.train_within_memory(config, task, tokenized, folder, [note] + [Kill()] * bool(killed_after))
     rows = [row for row in trainer.state.log_history if "train_loss" not in row]
     history = [{n: value for n, value in row.items() if not n.endswith(CLOCKS)} for row in rows]
@@ -81,14 +83,13 @@ def comes_to_its_end(*arguments) -> bool:
     """Train in a process of its own, and tell whether it was not killed."""
     process = multiprocessing.get_context("fork").Process(target=train, args=arguments)
     process.start()
-    process.join()
+    process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode == 0
 
 
-def outcome(path: Path) -> dict:
-    found = json.loads(path.read_text())
-    return {name: found[name] for name in ("history", "adapter", "epochs")}
+def outcome(path: Path) -> list:
+    return [json.loads(path.read_text())[name] for name in ("history", "adapter", "epochs")]
 
 
 # Kills
@@ -124,17 +125,29 @@ def test_a_finished_training_is_not_trained_again(notebook, short_config, task, 
     assert before["seconds"] == after["seconds"]  # the first run's, and not those of doing nothing
 
 
-def test_an_early_stopped_training_is_not_trained_on(notebook, short_config, task, tokenized, tmp_path, monkeypatch):
+def test_early_stopping_counts_on_and_what_it_ended_is_not_trained_on(
+    notebook, short_config, task, tokenized, tmp_path, monkeypatch
+):
+    """The second epoch is the best. The fourth is interrupted, and made again, is the last."""
     accuracies = itertools.chain([0.1, 0.5, 0.9], itertools.repeat(0.6))
     monkeypatch.setattr(notebook, "compute_metrics", lambda _: {"accuracy": next(accuracies)})
     config = short_config.model_copy(update={"num_train_epochs": 9.0, "early_stopping_patience": 2})
+    folder, _ = notebook.training_folder(config, tokenized, 1)
+
+    class Interrupt(notebook.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 35:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        notebook.train_within_memory(config, task, tokenized, folder, [Interrupt()])
+    assert notebook.last_checkpoint(folder) == (folder / "checkpoint-30", 3, False)
     first, again = tmp_path / "first.json", tmp_path / "again.json"
     train(notebook, config, task, tokenized, first)
-    folder, _ = notebook.training_folder(config, tokenized, 1)
     assert notebook.last_checkpoint(folder) == (folder / "checkpoint-40", 4, True)
     train(notebook, config, task, tokenized, again)
-    assert outcome(again) == outcome(first) and outcome(first)["epochs"] == 4
-    assert json.loads(first.read_text())["steps"] == 40 and json.loads(again.read_text())["steps"] == 0
+    assert outcome(again) == outcome(first) and outcome(first)[-1] == 4
+    assert json.loads(first.read_text())["steps"] == 10 and json.loads(again.read_text())["steps"] == 0
 
 
 def test_a_half_written_checkpoint_is_skipped_and_written_again(notebook, short_config, task, tokenized, tmp_path):
@@ -175,10 +188,12 @@ def test_other_settings_or_data_get_another_folder_and_the_line_says_what_differ
     fewer = notebook.DatasetDict({**tokenized, "train": tokenized["train"].select(range(150))})
     labels = [1 - label for label in tokenized["validation"]["label"]]
     relabelled = tokenized["validation"].remove_columns("label").add_column("label", labels)
-    cases = [
-        ({name: value}, tokenized, name) for name, value in {"learning_rate": 5e-4, "seed": 1, "lora_r": 2}.items()
+    changes = {"learning_rate": 5e-4, "seed": 1, "lora_r": 2}
+    cases = [({name: value}, tokenized, name) for name, value in changes.items()]
+    cases += [
+        ({}, fewer, "data"),
+        ({}, notebook.DatasetDict({**tokenized, "validation": relabelled}), "data"),
     ]
-    cases += [({}, fewer, "data"), ({}, notebook.DatasetDict({**tokenized, "validation": relabelled}), "data")]
     cases += [({"per_device_train_batch_size": 4}, tokenized, "batch")]
     for changes, data, differs in cases:
         other, line = notebook.training_folder(short_config.model_copy(update=changes), data, 1)
@@ -188,15 +203,20 @@ def test_other_settings_or_data_get_another_folder_and_the_line_says_what_differ
     assert {"seed", "max_length"} == set(line.removesuffix(".").split("another ")[1].split(", "))
 
 
-ELSEWHERE = {"data_dir": "elsewhere", "preset": "fast", "ranks": [1], "rank_epochs": 1.0, "rank_learning_rate": 1.0}
-ELSEWHERE |= {"rank_train_samples": 32, "efficiency_steps": 1, "wandb_project": "other", "push_to_hub": "me/mine"}
-SPLITS = [(4, 4, 1), (1, 16, 1), (8, 1, 2), (1, 4, 4)]  # micro-batch, accumulation, processes
+ELSEWHERE = {
+    "data_dir": "elsewhere",
+    "preset": "fast",
+    "wandb_project": "other",
+    "push_to_hub": "me/it",
+}
+ELSEWHERE |= {"ranks": [1], "rank_epochs": 1.0, "rank_learning_rate": 1.0, "rank_train_samples": 32}
+ELSEWHERE |= {"cuda_graphs": True, "efficiency_steps": 1}
 
 
 def test_what_does_not_concern_training_keeps_the_folder(notebook, short_config, tokenized):
     kept = (notebook.training_folder(short_config, tokenized, 1)[0], "")
     assert notebook.training_folder(short_config.model_copy(update=ELSEWHERE), tokenized, 1) == kept
-    for micro, steps, processes in SPLITS:
+    for micro, steps, processes in ((4, 4, 1), (1, 16, 1), (8, 1, 2), (1, 4, 4)):
         parts = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
         config = short_config.model_copy(update=parts | {"per_device_eval_batch_size": micro})
         assert notebook.training_folder(config, tokenized, processes) == kept
@@ -230,15 +250,9 @@ def test_when_memory_runs_out_in_a_step_it_goes_on_with_smaller_micro_batches(
     """Within the first epoch, and in the second, after a checkpoint."""
     full = runs_out(notebook, fits=4, step=step)
     trainer = notebook.train_within_memory(undropped, task, tokenized, tmp_path / "run", [full])
-    parts = [(micro, accumulation) for micro, accumulation, *_ in full.attempts]
-    assert parts == [(16, 1), (8, 2), (4, 4)]
-    assert [kept for *_, kept, _ in full.attempts] == [0, 0, 0]  # no model of before takes memory
-    assert [steps for *_, steps in full.attempts] == [
-        [*range(step + 1)],
-        [*range(resumed, step + 1)],
-        [*range(resumed, 20)],
-    ]
-    assert trainer.state.global_step == 20
+    steps = [[*range(step + 1)], [*range(resumed, step + 1)], [*range(resumed, 20)]]
+    batches = [(16, 1), (8, 2), (4, 4)]  # and no model of before takes memory
+    assert full.attempts == [(*parts, 0, made) for parts, made in zip(batches, steps)]
     assert_alike(adapter_of(trainer), whole_adapter)
 
 
@@ -246,7 +260,7 @@ def test_when_memory_runs_out_in_a_validation_it_goes_on_with_smaller_batches(
     notebook, undropped, task, tokenized, tmp_path, whole_adapter, monkeypatch
 ):
     """In the second epoch's validation; it is made again, and so is its epoch."""
-    predict, sizes, note = notebook.Trainer.prediction_step, [], runs_out(notebook, fits=16, step=0)
+    predict, sizes, note = notebook.Trainer.prediction_step, [], runs_out(notebook)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         sizes.append(len(inputs["labels"]))
@@ -256,61 +270,27 @@ def test_when_memory_runs_out_in_a_validation_it_goes_on_with_smaller_batches(
 
     monkeypatch.setattr(notebook.Trainer, "prediction_step", prediction_step)
     trainer = notebook.train_within_memory(undropped, task, tokenized, tmp_path / "run", [note])
-    assert [(micro, accumulation) for micro, accumulation, *_ in note.attempts] == [(16, 1), (8, 2), (4, 4)]
+    assert [(micro, accumulation) for micro, accumulation, *_ in note.attempts] == [
+        (16, 1),
+        (8, 2),
+        (4, 4),
+    ]
     assert [steps[0] for *_, steps in note.attempts] == [0, 10, 10]
     assert sizes[-2:] == [16, 4]  # the 20 texts, in two batches
     assert_alike(adapter_of(trainer), whole_adapter)
 
 
-def fail_with(notebook, monkeypatch, error) -> list:
-    """Let each training fail with `error`; return a list that will hold the batches that were tried."""
-    tried = []
-
-    def train_once(config, *args):
-        tried.append((config.per_device_train_batch_size, config.gradient_accumulation_steps))
-        raise error
-
-    monkeypatch.setattr(notebook, "train_once", train_once)
-    return tried
-
-
 def test_each_try_keeps_the_effective_batch_and_if_none_fits_the_error_says_what_to_do(
     notebook, short_config, monkeypatch, tmp_path
 ):
-    tried = fail_with(notebook, monkeypatch, torch.OutOfMemoryError(FULL))
+    tried = []
+
+    def build_qlora(config, *args):
+        tried.append((config.per_device_train_batch_size, config.gradient_accumulation_steps))
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(notebook, "build_qlora", build_qlora)
     parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     with pytest.raises(MemoryError, match="32 tokens.*lean"):
         notebook.train_within_memory(short_config.model_copy(update=parts), None, None, tmp_path)
     assert tried == [(4, 3), (3, 4), (2, 6), (1, 12)]
-
-
-@pytest.mark.parametrize(("processes", "error"), [(2, torch.OutOfMemoryError(FULL)), (1, RuntimeError("a bug"))])
-def test_one_of_several_processes_does_not_go_on_alone_and_no_other_error_is_hidden(
-    notebook, short_config, monkeypatch, tmp_path, processes, error
-):
-    tried = fail_with(notebook, monkeypatch, error)
-    monkeypatch.setattr(notebook, "PartialState", lambda: SimpleNamespace(num_processes=processes))
-    with pytest.raises(type(error), match=str(error)):
-        notebook.train_within_memory(short_config, None, None, tmp_path)
-    assert len(tried) == 1
-
-
-# Figures
-
-
-@pytest.mark.parametrize(("now", "peak"), [(300e6, 700.0), (900e6, 900.0)])
-def test_peak_seconds_and_steps_of_before_the_interruption_count_on(notebook, monkeypatch, now, peak):
-    """Without a GPU: PyTorch's counter and the clock are played."""
-    clock = iter([100.0, 107.0])
-    monkeypatch.setattr(notebook.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now)
-    before = {"eval_loss": 1.0, "train_seconds": 20.0, "steps_all": 50, "steps_captured": 40, "peak_mb": 700.0}
-    state = SimpleNamespace(log_history=[before, {"loss": 1.0}])
-    record = notebook.TrainingRecord(SimpleNamespace(steps={"all": 6, "captured": 3}))
-    record.on_train_begin(None, state, None)
-    state.log_history.append({"eval_loss": 0.5})
-    record.on_log(None, state, None, logs=state.log_history[-1])
-    cost = {"train_seconds": 27.0, "steps_all": 56, "steps_captured": 43, "peak_mb": peak}
-    assert state.log_history[-1] == {"eval_loss": 0.5} | cost

@@ -7,50 +7,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-)
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 SHAPE = {"vocab_size": 30522, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"intermediate_size": 128, "max_position_embeddings": 130}
 DISTIL = {"vocab_size": 30522, "dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 128}
-DEBERTA = SHAPE | {
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-}
-IDS = dict.fromkeys(["bos_token_id", "cls_token_id"], 101) | dict.fromkeys(
-    ["eos_token_id", "sep_token_id"], 102
-)
+DEBERTA = SHAPE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+IDS = dict.fromkeys(["bos_token_id", "cls_token_id"], 101) | dict.fromkeys(["eos_token_id", "sep_token_id"], 102)
 FAMILIES = {  # configuration, query and value, head
     "bert": (BertConfig(**SHAPE), ["query", "value"], ["classifier"]),
     "roberta": (transformers.RobertaConfig(**SHAPE), ["query", "value"], ["classifier"]),
     "electra": (transformers.ElectraConfig(**SHAPE), ["query", "value"], ["classifier"]),
-    "albert": (
-        transformers.AlbertConfig(**SHAPE, embedding_size=64),
-        ["query", "value"],
-        ["classifier"],
-    ),
+    "albert": (transformers.AlbertConfig(**SHAPE, embedding_size=64), ["query", "value"], ["classifier"]),
     "mpnet": (transformers.MPNetConfig(**SHAPE), ["q", "v"], ["classifier"]),
-    "distilbert": (
-        transformers.DistilBertConfig(**DISTIL),
-        ["q_lin", "v_lin"],
-        ["pre_classifier", "classifier"],
-    ),
-    "deberta-v2": (
-        transformers.DebertaV2Config(**DEBERTA),
-        ["query_proj", "value_proj"],
-        ["pooler", "classifier"],
-    ),
-    "modernbert": (
-        transformers.ModernBertConfig(**SHAPE | IDS, pad_token_id=0),
-        ["Wqkv"],
-        ["head", "classifier"],
-    ),
+    "distilbert": (transformers.DistilBertConfig(**DISTIL), ["q_lin", "v_lin"], ["pre_classifier", "classifier"]),
+    "deberta-v2": (transformers.DebertaV2Config(**DEBERTA), ["query_proj", "value_proj"], ["pooler", "classifier"]),
+    "modernbert": (transformers.ModernBertConfig(**SHAPE | IDS, pad_token_id=0), ["Wqkv"], ["head", "classifier"]),
 }
 
 
@@ -85,17 +57,9 @@ def family(save):
 @pytest.fixture
 def configure(notebook, tmp_path):
     """A function that returns the settings for a model in a folder, on a CPU."""
-    settings = {
-        "preset": "full",
-        "max_length": 32,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "output_dir": str(tmp_path),
-    }
+    settings = {"preset": "full", "max_length": 32, "lora_r": 4, "lora_alpha": 8, "output_dir": str(tmp_path)}
     resolve = notebook.resolve_config
-    return lambda folder, **changes: resolve(
-        settings | {"model_name": str(folder)} | changes, {}, cuda=False
-    )[0]
+    return lambda folder, **changes: resolve(settings | {"model_name": str(folder)} | changes, {}, cuda=False)[0]
 
 
 @pytest.fixture
@@ -119,34 +83,21 @@ def randomize(model, std=0.05):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_has_its_names_of_query_and_value_and_its_head(
-    notebook, family, configure, name
-):
+def test_each_family_has_its_names_of_query_and_value_and_its_head(notebook, family, configure, name):
     _, targets, head = FAMILIES[name]
     tokenizer, found, count, config = notebook.check_model(configure(family(name)))
     assert (config.target_modules, found, len(tokenizer)) == (targets, head, 30522)
     model = notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))
     trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(
-        "lora_" in n or n.split(".modules_to_save")[0].split(".")[-1] in head for n in trained
-    )
+    assert all("lora_" in n or n.split(".modules_to_save")[0].split(".")[-1] in head for n in trained)
     assert {each for each in targets if any(f".{each}.lora_A" in n for n in trained)} == {*targets}
-    assert {each for each in head if any(f"{each}.modules_to_save" in n for n in trained)} == {
-        *head
-    }
-    assert count == sum(
-        each.numel() for each in notebook.load_classifier(config, ["a", "b"])[0].parameters()
-    )
+    assert {each for each in head if any(f"{each}.modules_to_save" in n for n in trained)} == {*head}
+    assert count == sum(each.numel() for each in notebook.load_classifier(config, ["a", "b"])[0].parameters())
 
 
 def test_an_own_choice_of_layers_is_kept(notebook, family, configure):
     for targets in (["all-linear"], ["dense"], ["attention.self.key"]):
-        assert (
-            notebook.check_model(configure(family("bert"), target_modules=targets))[
-                3
-            ].target_modules
-            == targets
-        )
+        assert notebook.check_model(configure(family("bert"), target_modules=targets))[3].target_modules == targets
 
 
 def test_a_model_without_what_is_needed_is_refused_with_what_is_missing(family, refusal, tmp_path):
@@ -171,11 +122,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(save, refu
     assert "30,522" in said and f"{rows:,}" in said
 
 
-DECODERS = [
-    transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100)
-    )
-]
+DECODERS = [transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100))]
 T5 = {"vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 DECODERS += [transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))]
 DECODERS += [transformers.BertLMHeadModel(BertConfig(**SHAPE, is_decoder=True))]
@@ -188,9 +135,7 @@ def test_a_decoder_is_refused_by_its_type(save, refusal, model):
 
 
 @pytest.mark.parametrize(("name", "positions"), [("bert", 130), ("roberta", 128), ("mpnet", 128)])
-def test_texts_longer_than_the_positions_are_refused(
-    notebook, family, configure, refusal, name, positions
-):
+def test_texts_longer_than_the_positions_are_refused(notebook, family, configure, refusal, name, positions):
     folder = family(name)
     said = refusal(folder, max_length=positions + 1)
     assert f"max_length={positions + 1}" in said and str(positions) in said
@@ -202,9 +147,7 @@ def test_texts_longer_than_the_positions_are_refused(
 
 def test_unknown_layers_are_refused_with_the_known_ones(family, refusal):
     said = refusal(family("bert"), target_modules="q_lin,query")
-    assert "q_lin" in said and all(
-        name in said.split("Allowed")[1] for name in ("query", "key", "dense", "all-linear")
-    )
+    assert "q_lin" in said and all(name in said.split("Allowed")[1] for name in ("query", "key", "dense", "all-linear"))
 
 
 def test_a_checkpoint_without_weights_of_its_encoder_is_refused(save, refusal):
@@ -217,7 +160,6 @@ DAMAGE = [("config.json", "{"), ("config.json", '{"model_type": "new"}'), ("toke
 DAMAGE += [("model.safetensors", "version https://git-lfs.github.com/spec/v1")]
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback from inside transformers or safetensors")
 @pytest.mark.parametrize(("file", "content"), DAMAGE)
 def test_a_damaged_model_is_refused_by_name(notebook, family, configure, tmp_path, file, content):
     shutil.copytree(family("bert"), tmp_path / "damaged")
@@ -227,53 +169,35 @@ def test_a_damaged_model_is_refused_by_name(notebook, family, configure, tmp_pat
     assert "<code cell" in str(error.traceback[-1].path)
 
 
-def test_a_masked_language_model_gets_a_head_and_a_pooler_that_are_trained(
-    notebook, save, configure
-):
-    tokenizer, head, _, config = notebook.check_model(
-        configure(save(BertForMaskedLM(BertConfig(**SHAPE))))
-    )
+def test_a_masked_language_model_gets_a_head_and_a_pooler_that_are_trained(notebook, save, configure):
+    tokenizer, head, _, config = notebook.check_model(configure(save(BertForMaskedLM(BertConfig(**SHAPE)))))
     assert head == ["classifier", "pooler"]
     model = notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))
     trained = notebook.storage(model).loc["all", "trained"]
     assert trained == 2 * 2 * 4 * (64 + 64) + 64 * 2 + 2 + 64 * 64 + 64
-    assert (
-        type(model.get_submodule("base_model.model.bert.pooler.modules_to_save.default.dense"))
-        is torch.nn.Linear
-    )
+    assert type(model.get_submodule("base_model.model.bert.pooler.modules_to_save.default.dense")) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-def test_a_classifier_as_the_base_gets_a_head_for_the_new_classes(
-    notebook, save, configure, labels
-):
-    folder = save(
-        BertForSequenceClassification(BertConfig(**SHAPE, num_labels=3, problem_type="regression"))
-    )
+def test_a_classifier_as_the_base_gets_a_head_for_the_new_classes(notebook, save, configure, labels):
+    folder = save(BertForSequenceClassification(BertConfig(**SHAPE, num_labels=3, problem_type="regression")))
     config = configure(folder)
     assert notebook.check_model(config)[1] == ["classifier"]
     model, _ = notebook.load_classifier(config, ["x", "y", "z"][:labels])
-    assert (
-        model.classifier.weight.shape == (labels, 64)
-        and model.config.problem_type == "single_label_classification"
-    )
+    assert model.classifier.weight.shape == (labels, 64) and model.config.problem_type == "single_label_classification"
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"} if labels == 3 else {0: "x", 1: "y"}
 
 
 def test_the_seed_decides_the_head(notebook, family, configure):
     configs = [configure(family("bert"), seed=seed) for seed in (1, 1, 2)]
-    heads = [
-        notebook.load_classifier(config, ["a", "b"])[0].classifier.weight for config in configs
-    ]
+    heads = [notebook.load_classifier(config, ["a", "b"])[0].classifier.weight for config in configs]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 def test_the_levels_are_those_of_bitsandbytes_and_the_nearest_is_taken(notebook):
     code = bnb.functional.get_4bit_type("nf4", device="cpu").double().numpy()
     assert np.abs(notebook.nf4_levels() - code).max() < 1e-6
-    numbers, scales = notebook.to_nearest(
-        np.array([[0.2, -2.0, 0.9], [0.5, 1.0, 0.0]]), np.array([-1.0, 0, 0.5, 1])
-    )
+    numbers, scales = notebook.to_nearest(np.array([[0.2, -2.0, 0.9], [0.5, 1.0, 0.0]]), np.array([-1.0, 0, 0.5, 1]))
     assert numbers.tolist() == [[1, 0, 2], [2, 3, 1]] and scales.tolist() == [[2.0], [1.0]]
 
 
@@ -292,21 +216,11 @@ def test_the_head_stays_out_of_the_4_bits(notebook, bert):
     config, task = bert(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
     settings = notebook.quantization_config(config, task.head)
     assert (settings.load_in_4bit, settings.bnb_4bit_quant_type) == (True, "fp4")
-    assert (settings.bnb_4bit_use_double_quant, settings.bnb_4bit_compute_dtype) == (
-        False,
-        torch.float32,
-    )
+    assert (settings.bnb_4bit_use_double_quant, settings.bnb_4bit_compute_dtype) == (False, torch.float32)
     base = notebook.load_base(config, task)
-    linear = {
-        name: type(part) for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)
-    }
-    assert (
-        linear.pop("classifier") is torch.nn.Linear
-        and base.classifier.weight.dtype == torch.float32
-    )
-    assert {*linear.values()} == {bnb.nn.Linear4bit} and len(
-        linear
-    ) == 2 * 6 + 1  # six a layer, and the pooler
+    linear = {name: type(part) for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert linear.pop("classifier") is torch.nn.Linear and base.classifier.weight.dtype == torch.float32
+    assert {*linear.values()} == {bnb.nn.Linear4bit} and len(linear) == 2 * 6 + 1  # six a layer, and the pooler
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -314,9 +228,7 @@ def test_embeddings_in_4_bits_answer_with_the_rounded_vectors(notebook, bert, qu
     config, task = bert(quantize_embeddings=True, bnb_4bit_quant_type=quant_type)
     table = notebook.load_base(config, task).get_input_embeddings()
     plain = notebook.load_base(*bert()).get_input_embeddings().weight
-    packed, state = bnb.functional.quantize_4bit(
-        plain.data, quant_type=quant_type, compress_statistics=False
-    )
+    packed, state = bnb.functional.quantize_4bit(plain.data, quant_type=quant_type, compress_statistics=False)
     ids = torch.tensor([[0, 7, 30521]])
     assert torch.equal(table(ids), bnb.functional.dequantize_4bit(packed, state)[ids])
     assert table.weight.dtype == torch.uint8 and table.weight.numel() == plain.numel() / 2
@@ -327,25 +239,17 @@ def test_storage_counts_each_parameter_and_the_constants(notebook, bert):
     plain = notebook.load_classifier(config, task.names)[0]
     whole, small = notebook.storage(plain), notebook.storage(notebook.load_base(config, task))
     assert (
-        whole.loc["all", "parameters"]
-        == small.loc["all", "parameters"]
-        == sum(p.numel() for p in plain.parameters())
+        whole.loc["all", "parameters"] == small.loc["all", "parameters"] == sum(p.numel() for p in plain.parameters())
     )
     assert whole.loc["all", "MB"] * 1e6 == pytest.approx(4 * whole.loc["all", "parameters"])
     for table in (whole, small):
         assert table.drop("all").sum().tolist() == pytest.approx(table.loc["all"].tolist())
     matrices = 2 * (4 * 64 * 64 + 2 * 64 * 128) + 64 * 64
     assert small.loc["matrices, 4-bit", "parameters"] == matrices
-    constants = matrices / 64 + 13 * 4 * (
-        16 + 256 + 1 + 1
-    )  # 8 bits a block; tables and a scale or two in 32
-    assert small.loc["matrices, 4-bit", "MB"] * 1e6 == pytest.approx(
-        matrices / 2 + constants, abs=13 * 4 * 2
-    )
+    constants = matrices / 64 + 13 * 4 * (16 + 256 + 1 + 1)  # 8 bits a block; tables and a scale or two in 32
+    assert small.loc["matrices, 4-bit", "MB"] * 1e6 == pytest.approx(matrices / 2 + constants, abs=1)
     words = 30522 * 64
-    assert small.loc["embeddings, 4-bit", "MB"] * 1e6 == pytest.approx(
-        words / 2 + 4 * words / 64 + 64
-    )
+    assert small.loc["embeddings, 4-bit", "MB"] * 1e6 == pytest.approx(words / 2 + 4 * words / 64 + 64)
 
 
 def test_another_rank_keeps_the_scale_and_the_head_gets_no_adapter(notebook, bert):
@@ -363,9 +267,7 @@ def test_the_formula_gives_the_trained_parameters(notebook, family, configure, n
     tokenizer, head, _, config = notebook.check_model(configure(family(name)))
     task = notebook.Task(tokenizer, ["a", "b", "c"], head)
     formula = 2 * 2 * rank * (64 + 64) + 64 * 3 + 3 + (64 * 64 + 64) * ("pre_classifier" in head)
-    assert (
-        notebook.storage(notebook.build_qlora(config, task, rank)).loc["all", "trained"] == formula
-    )
+    assert notebook.storage(notebook.build_qlora(config, task, rank)).loc["all", "trained"] == formula
     assert notebook.trained_at_rank(config, task, rank) == formula
 
 
@@ -373,36 +275,23 @@ def test_the_formula_gives_the_trained_parameters(notebook, family, configure, n
 def test_recomputed_layers_give_the_same_gradients(notebook, family, configure, monkeypatch, name):
     ids = torch.randint(1000, 20000, (4, 12), generator=torch.Generator().manual_seed(0))
     gradients, calls, checkpoint = [], [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(
-        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k)
-    )
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     for recomputes in (False, True):
         config = configure(family(name), gradient_checkpointing=recomputes, lora_dropout=0.1)
         tokenizer, head, _, config = notebook.check_model(config)
-        model = randomize(
-            notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))
-        ).train()
+        model = randomize(notebook.build_qlora(config, notebook.Task(tokenizer, ["a", "b"], head))).train()
         torch.manual_seed(2)  # of the dropout
-        model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1, 0, 1])
-        ).loss.backward()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         assert len(calls) == 2 * recomputes  # layers
     for parameter, gradient in gradients[0].items():
-        assert gradient.abs().sum() > 0 and torch.equal(gradient, gradients[1][parameter]), (
-            parameter
-        )
+        assert gradient.abs().sum() > 0 and torch.equal(gradient, gradients[1][parameter]), parameter
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"quantize_embeddings": True}, {"target_modules": "all-linear"}]
-)
+@pytest.mark.parametrize("changes", [{}, {"quantize_embeddings": True}, {"target_modules": "all-linear"}])
 def test_the_adapter_is_the_same_from_disk_and_merged(notebook, bert, tmp_path, changes):
     config, task = bert(**changes)
-    model, texts = (
-        randomize(notebook.build_qlora(config, task), 0.2),
-        [f"a film of {n} minutes" for n in range(20)],
-    )
+    model, texts = (randomize(notebook.build_qlora(config, task), 0.2), [f"a film of {n} minutes" for n in range(20)])
     model.save_pretrained(tmp_path / "adapter")
     merged = notebook.merge_adapter(tmp_path / "adapter", config, task)
     merged.save_pretrained(tmp_path / "merged")

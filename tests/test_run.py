@@ -1,6 +1,4 @@
-"""The whole notebook on 400 real sentences and a tiny BERT: every artefact, numbers that agree, cells that can be run
-twice, and nothing lost when a later section fails.
-"""
+"""The whole notebook on 400 real sentences and a tiny BERT: artefacts, numbers that agree, cells run twice, faults."""
 
 import ast
 import hashlib
@@ -20,14 +18,15 @@ from conftest import NOTEBOOK, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from notebook_api import is_definition
+from sklearn.metrics import confusion_matrix
 
 PLOTS = ["dataset_stats", "confusion_matrix", "training_curves", "efficiency_comparison", "lora_rank_sensitivity"]
 PLOTS = sorted(f"{name}.png" for name in [*PLOTS, "calibration"])
 CANARIES = {"WANDB_API_KEY": "canary0wandb" * 4, "HF_TOKEN": "hf_canary0hub" * 3}  # must be found nowhere
 SCORES = {"n", "confusion_matrix", "accuracy", "accuracy_ci95", "f1_weighted", "f1_weighted_ci95"}
 TIMED = {"sections", "started", "wall_seconds", "seconds", "samples_per_second", "train_seconds"}  # differ each time
-TIMED |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "peak_mb"}
-TIMED |= {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_model_preparation_time"}
+TIMED |= {f"{kind}_{of}" for kind in ("eval", "train") for of in ("runtime", "samples_per_second", "steps_per_second")}
+TIMED |= {"eval_model_preparation_time", "peak_mb"}
 TIMED |= {"train_loss"}  # of the steps since training was resumed, 0 without any
 SETTINGS = {"preset": "full", "dataset_name": "reviews.csv", "label_column": "Verdict", "max_length": 32}
 SETTINGS |= {"num_train_epochs": 1, "efficiency_steps": 1, "ranks": 1, "rank_train_samples": 32, "rank_epochs": 1}
@@ -47,8 +46,7 @@ class Kernel:
 
     def __init__(self, folder):
         self.folder, self.nb = folder, nbformat.read(NOTEBOOK, as_version=4)
-        where = {"metadata": {"path": str(folder)}}
-        self.client = NotebookClient(self.nb, timeout=300, kernel_name="python3", resources=where)
+        self.client = NotebookClient(self.nb, timeout=300, resources={"metadata": {"path": str(folder)}})
         self.sections, name = {}, "0"
         for index, cell in enumerate(self.nb.cells):
             name = ([name] + re.findall(r"^## (\d+) ", cell.source, flags=re.MULTILINE))[-1]
@@ -114,7 +112,7 @@ def run(kernel, tmp_path_factory):
     early, outputs = {}, []
     for section, index in cells:
         if section == 10 and not early:
-            early = {"results": kernel.results(), "digests": kernel.digests()}
+            early = kernel.results()
         outputs += kernel.run(index)
     written = sorted(path.name for path in kernel.folder.iterdir())
     folder = tmp_path_factory.mktemp("kept") / "run"
@@ -122,9 +120,8 @@ def run(kernel, tmp_path_factory):
     both = "predict_logits({}, test_texts, config, tokenizer)"
     gap = f"np.abs({both.format('in_memory')} - {both.format('load_adapter(adapter_dir, config, task)')}).max()"
     waits = "[hub.constants.HF_HUB_ETAG_TIMEOUT, hub.constants.HF_HUB_DOWNLOAD_TIMEOUT, hub.constants.HF_HUB_OFFLINE]"
-    asked = {"gap": kernel.ask(gap), "waits": kernel.ask(waits)}
-    results = json.loads((folder / "Data" / "results.json").read_text(encoding="utf-8"))
-    return SimpleNamespace(folder=folder, outputs=outputs, written=written, results=results, early=early, **asked)
+    asked = {"gap": kernel.ask(gap), "waits": kernel.ask(waits), "results": kernel.results()}
+    return SimpleNamespace(folder=folder, outputs=outputs, written=written, early=early, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +129,13 @@ def twice(run, kernel):
     """Sections 3 to 12 from their beginning, each cell that does something run twice in a row: which failed."""
     shutil.rmtree(kernel.folder / "outputs")
     kernel.ask("os.environ.update(WANDB_MODE='disabled')")  # saves some seconds
-    failed = []
+    failed = {}
     for index in [index for section in range(3, 13) for index in kernel.sections[section]]:
         kernel.run(index)
         try:
             kernel.run(index) if kernel.runs(index) else None
         except CellExecutionError as error:
-            failed.append(f"{kernel.nb.cells[index].source.splitlines()[0]}: {error.ename}: {error.evalue}")
+            failed[kernel.nb.cells[index].source] = f"{error.ename}: {error.evalue}"
     return SimpleNamespace(failed=failed, results=kernel.results())
 
 
@@ -162,9 +159,6 @@ def test_every_artefact_is_there(run):
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert model <= {path.name for path in (outputs / "merged").iterdir()}
     assert adapter <= {path.name for path in (outputs / "adapter").iterdir()}
-
-
-def test_six_figures_are_shown(run):
     assert sum("image/png" in output.get("data", {}) for output in run.outputs) == len(PLOTS)
 
 
@@ -180,7 +174,7 @@ def test_results_have_the_shape_of_the_design(run):
     assert training == set(results["training"])
     methods = {"method", "trainable_parameters", "weights_mb", "peak_mb", "samples_per_second", "measured"}
     assert results["efficiency"] and all(set(row) == methods for row in results["efficiency"])
-    assert [int(name.split()[0]) for name in results["sections"]][:12] == list(range(1, 13))
+    assert results["provenance"]["wall_seconds"] > results["training"]["seconds"] > 0
 
 
 def test_the_test_scores_agree_with_each_other(run, reviews):
@@ -209,7 +203,6 @@ def test_the_training_s_numbers_agree_with_its_history(run):
     assert training["samples_per_second"] == pytest.approx(rows["train"] / training["seconds"])
 
 
-@pytest.mark.xfail(strict=True, reason="Trainer.train() forgets the evaluation before it")
 def test_the_loss_before_training_is_that_of_a_random_head(run):
     scored = [row for row in run.results["training"]["history"] if row.get("eval_loss") is not None]
     assert [row["epoch"] for row in scored] == [0, 1]
@@ -241,13 +234,12 @@ def test_the_saved_adapter_is_the_trained_one_to_the_last_bit(run):
 def test_the_merged_model_answers_without_bitsandbytes_as_it_was_scored(run, notebook, reviews):
     config = notebook.Config(**run.results["provenance"]["config"])
     (table,) = notebook.read_tables(str(run.folder / "reviews.csv"))
-    test = notebook.split_rows(notebook.clean(notebook.pick_columns(table, "", "Verdict"))[0], config)["test"]
+    test = notebook.split_rows(notebook.clean(notebook.pick_columns([table], "", "Verdict"))[0], config)["test"]
     command = [sys.executable, "-c", ANSWER, str(run.folder / "outputs" / "merged")]
     done = subprocess.run(command, input=json.dumps(list(test["text"])), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = [run.results["provenance"]["labels"].index(label) for label in json.loads(done.stdout.splitlines()[-1])]
-    matrix = np.zeros((3, 3), int)
-    np.add.at(matrix, (test["label"], answers), 1)
+    matrix = confusion_matrix(test["label"], answers, labels=range(3))
     assert matrix.tolist() == run.results["test_merged"]["confusion_matrix"]
     assert len(set(answers)) > 1  # else the same answer to all would do
 
@@ -257,20 +249,15 @@ def test_the_hub_is_not_waited_for(run):
 
 
 def test_no_file_holds_a_key(run):
-    """Pictures, checkpoints, W&B's own files, and the notebook with its outputs; archives are looked into."""
-
-    def holds_a_key(content: bytes) -> bool:
-        return b"canary0" in content.lower()
-
     files = [path for path in run.folder.rglob("*") if path.is_file() and path.name != ".env"]
-    assert holds_a_key((run.folder / ".env").read_bytes()) and not holds_a_key(json.dumps(run.outputs).encode())
+    assert "canary0" in (run.folder / ".env").read_text() and "canary0" not in json.dumps(run.outputs).lower()
     assert any(path.suffix == ".wandb" for path in files) and any(path.name == "trainer_state.json" for path in files)
     for path in files:
         contents = [path.read_bytes()]
         if zipfile.is_zipfile(path):  # as PyTorch writes
             with zipfile.ZipFile(path) as archive:
                 contents += [archive.read(name) for name in archive.namelist()]
-        assert not any(map(holds_a_key, contents)), path
+        assert not any(b"canary0" in content.lower() for content in contents), path
 
 
 def test_what_is_taken_away_names_no_path_of_this_machine(run):
@@ -280,29 +267,24 @@ def test_what_is_taken_away_names_no_path_of_this_machine(run):
 
 
 def test_a_run_writes_to_its_own_places_only(run):
-    expected = {".env", "Data", NOTEBOOK.name, "outputs", "reviews.csv", "wandb"}
-    assert set(run.written) - {"home"} == expected
+    assert {*run.written} - {"home"} == {".env", "Data", NOTEBOOK.name, "outputs", "reviews.csv", "wandb"}
     assert not (ROOT / "wandb").exists()
 
 
 def test_results_and_models_are_written_before_section_10_and_stay(run):
-    early, results = run.early["results"], run.results
-    assert set(early) == set(results)
-    assert early["efficiency"] == early["rank_sensitivity"] == []
+    early, results = run.early, run.results
+    assert set(early) == set(results) and early["efficiency"] == early["rank_sensitivity"] == []
     kept = set(results) - {"efficiency", "rank_sensitivity", "sections"}
-    assert {name: early[name] for name in kept} == {name: results[name] for name in kept}
-    assert any(name.endswith("adapter_model.safetensors") for name in run.early["digests"])
+    assert {name: untimed(early[name]) for name in kept} == {name: untimed(results[name]) for name in kept}
 
 
-@pytest.mark.xfail(strict=True, reason="sections 6 and 7 delete what their last cells need")
 def test_every_run_cell_can_be_run_again(twice):
-    assert twice.failed == []
+    assert twice.failed == {}
 
 
 def test_run_cells_executed_twice_in_a_row_give_the_same_results(run, twice):
     first, second = untimed(run.results), untimed(twice.results)
-    assert {name for name in first if first[name] != second.get(name)} == set()
-    assert set(first) == set(second)
+    assert set(first) == set(second) and [name for name in first if first[name] != second[name]] == []
 
 
 @pytest.mark.parametrize("section", [10, 11, 12])
@@ -314,7 +296,5 @@ def test_a_section_that_fails_loses_nothing_of_those_before(twice, kernel, secti
     tree.body[-1:] = ast.parse("raise RuntimeError('injected')").body
     with pytest.raises(CellExecutionError, match="injected"):
         kernel.run(index, ast.unparse(tree))
-    after = kernel.results()
-    kept = ("provenance", "test", "test_merged", "baselines", "training", "calibration", "efficiency")
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
-    assert kernel.digests() == models
+    after = kernel.results() | {"rank_sensitivity": before["rank_sensitivity"]}  # section 11 had written its own
+    assert after == before and kernel.digests() == models and models

@@ -11,40 +11,15 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-RECIPE = {
-    "model_name": "bert-base-uncased",
-    "max_length": 256,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.1,
-}
-RECIPE |= {
-    "target_modules": ["query", "value"],
-    "num_train_epochs": 3,
-    "learning_rate": 2e-4,
-    "warmup_ratio": 0.1,
-}
-RECIPE |= {
-    "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 2,
-    "lr_scheduler_type": "cosine",
-}
-RECIPE |= {
-    "weight_decay": 0.01,
-    "optim": "paged_adamw_8bit",
-    "fp16": True,
-    "gradient_checkpointing": True,
-    "seed": 42,
-}
-RECIPE |= {
-    "early_stopping_patience": 2,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-}
+RECIPE = {"model_name": "bert-base-uncased", "max_length": 256, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
+RECIPE |= {"target_modules": ["query", "value"], "num_train_epochs": 3, "learning_rate": 2e-4, "warmup_ratio": 0.1}
+RECIPE |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+RECIPE |= {"weight_decay": 0.01, "optim": "paged_adamw_8bit", "fp16": True, "gradient_checkpointing": True, "seed": 42}
+RECIPE |= {"early_stopping_patience": 2, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def resolve(notebook, settings=None, cuda=True, processes=1, **environ):
-    return notebook.resolve_config(settings or {}, environ, cuda, processes)
+def resolve(notebook, settings=None, cuda=True, **environ):
+    return notebook.resolve_config(settings or {}, environ, cuda)
 
 
 def refusal(notebook, settings=None, **kwargs):
@@ -73,13 +48,8 @@ def test_the_environment_wins_over_presets_and_the_settings_over_both(notebook):
     environ = {"QLORA_LEARNING_RATE": "0.1", "QLORA_TAIL_SHARE": "0.2", "SEED": "5", "QLORA": "6"}
     config, sources = resolve(notebook, {"preset": "recommended", "learning_rate": 0.3}, **environ)
     assert (config.learning_rate, config.tail_share, config.seed) == (0.3, 0.2, 42)
-    assert (
-        config.target_modules == ["all-linear"]
-        and sources["target_modules"] == "preset recommended"
-    )
-    assert (
-        sources["learning_rate"] == "learning_rate" and sources["tail_share"] == "QLORA_TAIL_SHARE"
-    )
+    assert config.target_modules == ["all-linear"] and sources["target_modules"] == "preset recommended"
+    assert sources["learning_rate"] == "learning_rate" and sources["tail_share"] == "QLORA_TAIL_SHARE"
 
 
 def test_a_preset_can_be_named_in_the_environment(notebook):
@@ -88,8 +58,7 @@ def test_a_preset_can_be_named_in_the_environment(notebook):
 
 
 @pytest.mark.parametrize(
-    ("preset", "is_demo"),
-    [("", True), ("recommended", True), ("full", False), ("lean,full", False)],
+    ("preset", "is_demo"), [("", True), ("recommended", True), ("full", False), ("lean,full", False)]
 )
 def test_without_a_gpu_demo_is_laid_under_all_but_full(notebook, preset, is_demo):
     config, _ = resolve(notebook, {"preset": preset}, cuda=False)
@@ -105,18 +74,13 @@ def test_other_presets_and_settings_win_over_demo(notebook):
 
 def test_with_a_gpu_there_is_no_demo_unless_it_is_named(notebook):
     assert resolve(notebook)[0].max_train_samples is None
-    assert (
-        resolve(notebook, {"preset": "demo"})[0].max_train_samples
-        == notebook.PRESETS["demo"]["max_train_samples"]
-    )
+    assert resolve(notebook, {"preset": "demo"})[0].max_train_samples == notebook.PRESETS["demo"]["max_train_samples"]
 
 
 @pytest.mark.parametrize("settings", [{"max_train_samples": "none"}, {"max_train_samples": None}])
 def test_none_lifts_the_demo_cap(notebook, settings):
     assert resolve(notebook, settings, cuda=False)[0].max_train_samples is None
-    assert (
-        resolve(notebook, cuda=False, QLORA_MAX_TRAIN_SAMPLES=" None ")[0].max_train_samples is None
-    )
+    assert resolve(notebook, cuda=False, QLORA_MAX_TRAIN_SAMPLES=" None ")[0].max_train_samples is None
 
 
 def test_the_demo_cap_falls_away_for_an_own_data_set_unless_it_was_set(notebook):
@@ -139,19 +103,9 @@ def test_blank_is_not_set(notebook, blank):
 
 
 def test_text_becomes_the_type_of_the_field(notebook):
-    environ = {
-        "QLORA_RANKS": "2, 8",
-        "QLORA_TARGET_MODULES": "q_lin , v_lin",
-        "QLORA_FP16": "false",
-    }
-    config, _ = resolve(
-        notebook, QLORA_LR_SCHEDULER_TYPE="linear", QLORA_OPTIM="adamw_torch", **environ
-    )
-    assert (
-        config.ranks == [2, 8]
-        and config.target_modules == ["q_lin", "v_lin"]
-        and config.fp16 is False
-    )
+    environ = {"QLORA_RANKS": "2, 8", "QLORA_TARGET_MODULES": "q_lin , v_lin", "QLORA_FP16": "false"}
+    config, _ = resolve(notebook, QLORA_LR_SCHEDULER_TYPE="linear", QLORA_OPTIM="adamw_torch", **environ)
+    assert config.ranks == [2, 8] and config.target_modules == ["q_lin", "v_lin"] and config.fp16 is False
     assert (config.lr_scheduler_type, config.optim) == ("linear", "adamw_torch")
     assert type(config.lr_scheduler_type) is type(config.optim) is str
 
@@ -163,9 +117,7 @@ UNKNOWN += [({"": 1}, {}, ""), ({3: 1}, {}, "3")]
 @pytest.mark.parametrize(("settings", "environ", "written"), UNKNOWN)
 def test_an_unknown_name_is_refused_with_the_nearest_and_all(notebook, settings, environ, written):
     said = refusal(notebook, settings, **environ)
-    assert said.startswith(written) and all(
-        name in said.split("Allowed")[1] for name in notebook.Config.model_fields
-    )
+    assert said.startswith(written) and all(name in said.split("Allowed")[1] for name in notebook.Config.model_fields)
     if "r" in written:
         assert "Nearest: learning_rate" in said
 
@@ -176,36 +128,16 @@ def test_an_unknown_preset_is_refused_with_the_allowed(notebook, cuda):
     assert "'quick'" in said and all(name in said.split("Allowed")[1] for name in notebook.PRESETS)
 
 
-BAD = {
-    "seed": ["-1", "x", "4294967296"],
-    "lora_r": ["0", "1.5"],
-    "max_length": ["2"],
-    "lora_dropout": ["1", "-0.1"],
-}
-BAD |= {
-    "validation_share": ["0", "1"],
-    "learning_rate": ["0", "inf", "nan"],
-    "optim": ["adam"],
-    "fp16": ["maybe"],
-}
-BAD |= {
-    "max_train_samples": ["1", "many"],
-    "ranks": ["0", "2,x"],
-    "push_to_hub": ["no-owner", "a/b/c"],
-}
+BAD = {"seed": ["-1", "x", "4294967296"], "lora_r": ["0", "1.5"], "max_length": ["2"], "lora_dropout": ["1", "-0.1"]}
+BAD |= {"validation_share": ["0", "1"], "learning_rate": ["0", "inf", "nan"], "optim": ["adam"], "fp16": ["maybe"]}
+BAD |= {"max_train_samples": ["1", "many"], "ranks": ["0", "2,x"], "push_to_hub": ["no-owner", "a/b/c"]}
 BAD |= {"tail_share": ["1.1"], "bnb_4bit_quant_type": ["int4"], "bnb_4bit_compute_dtype": ["int8"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
-)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_bad_value_is_refused_under_the_name_that_the_user_wrote(notebook, name, value):
     said, written = refusal(notebook, **{f"QLORA_{name.upper()}": value}), value.split(",")[-1]
-    assert (
-        said.startswith(f"QLORA_{name.upper()}=")
-        and repr(written) in said
-        and len(said.splitlines()) == 1
-    )
+    assert said.startswith(f"QLORA_{name.upper()}=") and repr(written) in said and len(said.splitlines()) == 1
     assert refusal(notebook, {name: value}).startswith(f"{name}=")
 
 
@@ -214,9 +146,7 @@ def test_every_bad_value_is_named_at_once(notebook):
     assert sorted(line.split("=")[0] for line in lines) == ["QLORA_LORA_R", "seed"]
 
 
-@pytest.mark.parametrize(
-    ("validation", "test", "is_refused"), [(0.5, 0.5, True), (0.9, 0.2, True), (0.5, 0.4, False)]
-)
+@pytest.mark.parametrize(("validation", "test", "is_refused"), [(0.5, 0.5, True), (0.9, 0.2, True), (0.5, 0.4, False)])
 def test_the_shares_leave_something_to_train_on(notebook, validation, test, is_refused):
     settings = {"validation_share": validation, "test_share": test}
     if is_refused:
@@ -228,23 +158,14 @@ def test_the_shares_leave_something_to_train_on(notebook, validation, test, is_r
 
 def test_without_a_gpu_what_needs_one_is_changed_and_said(notebook):
     config, sources = resolve(notebook, {"preset": "full", "fp16": True}, cuda=False)
-    changed = {
-        "bnb_4bit_compute_dtype": "float32",
-        "fp16": False,
-        "cuda_graphs": False,
-        "optim": "adamw_8bit",
-    }
+    changed = {"bnb_4bit_compute_dtype": "float32", "fp16": False, "cuda_graphs": False, "optim": "adamw_8bit"}
     assert {name: getattr(config, name) for name in changed} == changed
     assert {name: sources[name] for name in changed} == dict.fromkeys(changed, "no CUDA GPU")
 
 
 def test_without_a_gpu_what_needs_none_stays_with_its_source(notebook):
-    config, sources = resolve(
-        notebook, {"preset": "full", "optim": "adamw_torch", "fp16": False}, cuda=False
-    )
-    assert (
-        config.optim == "adamw_torch" and sources["optim"] == "optim" and sources["fp16"] == "fp16"
-    )
+    config, sources = resolve(notebook, {"preset": "full", "optim": "adamw_torch", "fp16": False}, cuda=False)
+    assert config.optim == "adamw_torch" and sources["optim"] == "optim" and sources["fp16"] == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -261,9 +182,7 @@ def test_frozen_float16_needs_loss_scaling(notebook, changes):
 
 @effort(max_examples=200, deadline=None)
 @given(micro=st.integers(1, 64), steps=st.integers(1, 16), processes=st.integers(1, 16))
-def test_the_processes_keep_the_effective_batch_or_say_that_they_cannot(
-    notebook, micro, steps, processes
-):
+def test_the_processes_keep_the_effective_batch_or_say_that_they_cannot(notebook, micro, steps, processes):
     config = notebook.Config(per_device_train_batch_size=micro, gradient_accumulation_steps=steps)
     if micro * steps % processes:
         with pytest.raises(ValueError, match=f"{processes} processes .*{micro} x {steps}"):
@@ -271,26 +190,19 @@ def test_the_processes_keep_the_effective_batch_or_say_that_they_cannot(
         return
     share = notebook.share_batch(config, processes)
     parts = share.per_device_train_batch_size, share.gradient_accumulation_steps
-    assert (
-        parts[0] * parts[1] * processes == micro * steps and parts[0] <= micro and parts[1] <= steps
-    )
+    assert parts[0] * parts[1] * processes == micro * steps and parts[0] <= micro and parts[1] <= steps
     untouched = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     assert share.model_dump(exclude=untouched) == config.model_dump(exclude=untouched)
 
 
 def test_accumulation_is_divided_before_the_micro_batch(notebook):
-    config, _ = resolve(notebook, processes=2)
+    config = notebook.share_batch(notebook.Config(), 2)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (16, 1)
-    config, _ = resolve(notebook, processes=4)
+    config = notebook.share_batch(notebook.Config(), 4)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (8, 1)
 
 
-FLOORS = {
-    "numpy>=1.0": False,
-    "numpy>=999": True,
-    "numpy>=1.0,<1.1": False,
-    "no-such-package-x>=1": True,
-}
+FLOORS = {"numpy>=1.0": False, "numpy>=999": True, "numpy>=1.0,<1.1": False, "no-such-package-x>=1": True}
 
 
 @pytest.mark.parametrize(("line", "is_unmet"), FLOORS.items())
@@ -353,19 +265,9 @@ def test_no_key_of_the_environment_shows_in_an_error(notebook, monkeypatch):
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(notebook.hub.constants, "HF_HUB_OFFLINE", True)
-    said = [
-        refusal(notebook, **keys),
-        refusal(notebook, {"seed": "x"}, HF_TOKEN=canary, WANDB_API_KEY=canary),
-    ]
-    said += [
-        refusal(notebook, {"preset": "x"}, HF_TOKEN=canary),
-        refusal(notebook, {"wandb_api_key": canary}),
-    ]
+    said = [refusal(notebook, **keys), refusal(notebook, {"seed": "x"}, HF_TOKEN=canary, WANDB_API_KEY=canary)]
+    said += [refusal(notebook, {"preset": "x"}, HF_TOKEN=canary), refusal(notebook, {"wandb_api_key": canary})]
     with pytest.raises(FileNotFoundError) as error:
         notebook.find_source("nobody/nothing-of-this-name", "model", "main")
-    assert not [
-        text for text in [*said, str(error.value), repr(error.value.__cause__)] if canary in text
-    ]
-    assert "model_name='nobody/nothing-of-this-name'" in str(error.value) and "network" in str(
-        error.value
-    )
+    assert not [text for text in [*said, str(error.value), repr(error.value.__cause__)] if canary in text]
+    assert "model_name='nobody/nothing-of-this-name'" in str(error.value) and "network" in str(error.value)

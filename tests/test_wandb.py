@@ -102,7 +102,10 @@ def log_records(path):
         if left_in_block < 7:  # too short for a chunk's header: padding
             position += left_in_block
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last chunk of one
