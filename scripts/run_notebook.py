@@ -1,7 +1,7 @@
-"""Execute the notebook top to bottom with its progress in the terminal, on real input: what ``make run`` runs.
+"""Execute the notebook top to bottom with its progress in the terminal, on real input: what `make run` runs.
 
-Where the Hugging Face Hub answers, the notebook fetches its own model and data. Where it does not, the offline assets stand in, with the demo
-preset. Settings (``QLORA_*``) of the environment or of ``.env`` win over both.
+Where the Hugging Face Hub answers, the notebook fetches its own model and data. Where it does not, the offline assets
+stand in, with the demo preset. Settings (`QLORA_*`) of the environment or of `.env` win over both.
 """
 
 import json
@@ -24,7 +24,7 @@ NOTEBOOK = "QLoRA_BERT_TextClassification.ipynb"
 
 
 def hub_is_reached(timeout: float = 5.0) -> bool:
-    """Tell whether the Hugging Face Hub may be used (``HF_HUB_OFFLINE`` is not set) and answers within ``timeout`` seconds."""
+    """Tell whether the Hub may be used (`HF_HUB_OFFLINE` is not set) and answers within `timeout` seconds."""
     from huggingface_hub import (
         constants,
         get_session,
@@ -38,14 +38,14 @@ def hub_is_reached(timeout: float = 5.0) -> bool:
 
 
 def with_home(path: Path) -> str:
-    """Return ``path`` below this repository, or with the user's home folder written as ``~``, so that outputs can be shared."""
+    """Return `path` below this repository, or with the home folder as `~`, so that outputs can be shared."""
     if path.is_relative_to(ROOT):
         return str(path.relative_to(ROOT))
     return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def use_offline_assets(environ: MutableMapping[str, str]) -> None:
-    """Let the notebook run without the Hub: on the offline assets, with the demo preset, where `environ` names no others."""
+    """Let the notebook run without the Hub: the demo preset on the offline assets, where `environ` names no others."""
     environ.setdefault("QLORA_PRESET", "demo")
     if not environ.get("QLORA_MODEL_NAME"):
         environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
@@ -96,7 +96,8 @@ class ProgressClient(NotebookClient):
 
 
 def execute(notebook: Path, executed: Path, folder: Path) -> dict[str, float]:
-    """Execute `notebook` in `folder`, write it with its outputs to `executed`, also when a cell fails, and return the seconds of each section.
+    """Execute `notebook` in `folder`, write it with its outputs to `executed`, also when a cell fails, and return the
+    seconds of each section.
 
     Raises:
         SystemExit: a cell failed; the message is the cell's error.
@@ -112,7 +113,7 @@ def execute(notebook: Path, executed: Path, folder: Path) -> dict[str, float]:
         client.execute()
     except CellExecutionError as error:
         raise SystemExit(
-            f"\n{error.ename}: {error.evalue}\nThe cells up to this one, with their outputs, are in {with_home(executed)}."
+            f"\n{error.ename}: {error.evalue}\nThe cells up to here, and their outputs: {with_home(executed)}"
         ) from None
     finally:
         nbformat.write(nb, executed)
@@ -131,17 +132,17 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
 
     def line(name: str, scores: dict) -> str:
         low, high = scores["accuracy_ci95"]
-        return f"{name:<24}{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}] of {results['test']['n']:,} test texts"
+        return f"{name:<24}{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
-    about, training = results["provenance"], results["training"]
+    about, trained, seconds = results["provenance"], results["training"]["seconds"], sum(results["sections"].values())
     return "\n".join(
         [
-            f"\n{about['model']} on {about['dataset']}, {about['device']}",
+            f"\n{about['model']} on {about['dataset']}, {results['test']['n']:,} test texts; {about['device']}",
             line("QLoRA adapter", results["test"]),
             line("merged model", results["test_merged"]),
             *(line(name, scores) for name, scores in results["baselines"].items()),
             f"{'largest class':<24}{about['largest_class']:.1%}",
-            f"{'time':<24}{about['wall_seconds']:.0f} s, of it training {training['seconds']:.0f} s for {training['epochs']:g} epochs; {peak_memory_gb():.1f} GB",
+            f"{'time, memory':<24}{seconds:.0f} s, training {trained:.0f} s of it; {peak_memory_gb():.1f} GB",
             f"{'results and plots':<24}{data_dir}/",
             f"{'adapter, merged model':<24}{output_dir}/adapter/, {output_dir}/merged/",
             f"{'executed notebook':<24}{with_home(executed)}",

@@ -44,7 +44,7 @@ def sentences(notebook):
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory, offline_model) -> str:
-    """A folder with a BERT of 2 layers x 64, random weights, the real vocabulary, and no dropout: runs can be compared."""
+    """A folder with a BERT of 2 layers x 64, random weights, the real vocabulary and no dropout."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 

@@ -205,7 +205,7 @@ def test_cleaning_drops_by_rule_and_counts(notebook):
     assert pairs(rows) == [("a b", "x"), ("d", "y"), ("e", "y")]
     dropped = {"without a text": 2, "without a label": 1, "with two labels": 2, "repeated": 2}
     expected = {f"{rule}, dropped": count for rule, count in dropped.items()}
-    assert counts == {"read": 10, "with <br /> tags": 1} | expected | {"left": 3}
+    assert counts == {"read": 10, "with markup": 1} | expected | {"left": 3}
 
 
 def test_cleaning_needs_2_to_50_classes(notebook):
