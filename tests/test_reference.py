@@ -76,3 +76,12 @@ def test_the_notebook_s_ratios_are_those_of_the_run():
 def test_the_readme_s_diagram_is_the_flow():
     flow = (ROOT / "Flow" / "workflow.mmd").read_text(encoding="utf-8").rstrip()
     assert re.search(r"```mermaid\n(.*?)\n```", README, flags=re.DOTALL).group(1) == flow
+
+
+@pytest.mark.parametrize("preset", ["fast", "lean"])
+def test_the_readme_gives_the_figures_of_the_other_presets(preset):
+    results = json.loads((ROOT / "Data" / "reference" / f"results-{preset}.json").read_text(encoding="utf-8"))
+    training = results["training"]
+    cells = [f"{training['seconds']:.0f}", f"{training['peak_mb']:.0f}", f"{training['captured_share']:.1%}"]
+    assert results["provenance"]["config"]["preset"] == preset and training["captured_share"] >= 0.95
+    assert re.search(rf"`{preset}`.*\| {results['test']['accuracy']:.1%} \| {re.escape(' | '.join(cells))} \|", README)
