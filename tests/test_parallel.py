@@ -259,7 +259,7 @@ def test_the_exported_script_runs_under_accelerate_launch(tiny_bert, sentences, 
     assert results["provenance"]["processes"] == 2 and results["training"]["epochs"] == 2
     (about,) = tmp_path.glob("outputs/checkpoints/*/settings.json")
     assert json.loads(about.read_text())["batch"] == 32  # of both together
-    assert np.sum(results["test"]["confusion_matrix"]) == results["provenance"]["rows"]["test"] == 20
+    assert np.sum(results["test"]["confusion_matrix"]) == results["provenance"]["rows"]["test"]
     assert printed.count("Starting from the pretrained weights") == printed.count("results.json holds") == 1
     assert (tmp_path / "outputs" / "merged" / "model.safetensors").exists() and not [*tmp_path.rglob("*.part")]
 
