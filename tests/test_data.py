@@ -226,7 +226,7 @@ def test_the_splits_share_out_all_rows_with_each_label_in_proportion(notebook):
 
 
 def test_own_rows_without_a_gpu_are_all_trained_on_and_a_cap_keeps_the_shares(notebook):
-    own, _ = notebook.resolve_config({"dataset_name": "my.csv"}, {}, cuda=False)
+    own, _ = notebook.resolve_config({"dataset_name": "my.csv", "validation_share": 0.1}, {}, cuda=False)
     rows = table_of({"0": 6000, "1": 3000})
     assert len(notebook.split_rows(rows, own)["train"]) == 7200
     capped = notebook.split_rows(rows, own.model_copy(update={"max_train_samples": 30}))
