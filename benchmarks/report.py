@@ -1,0 +1,283 @@
+"""Write REPORT.md and its figures from the JSON files of the studies.
+
+python -m benchmarks.report
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from benchmarks.common import REFERENCE, markdown
+
+COLORS = {"full": "C7", "LoRA": "C2", "QLoRA": "C0", "TF-IDF": "C1"}
+INTRO = """# What many runs showed
+
+The notebook measures one run. This page holds what needs many: written by `python -m benchmarks.report` from the JSON
+files beside it, each of which has device, versions, commit and settings. Speeds are comparable within one file only.
+MB are 10^6 bytes; intervals are 95%.
+"""
+
+
+def color(method: str) -> str:
+    """Return the color of a method, the same in all figures."""
+    return next((each for name, each in COLORS.items() if method.startswith(name)), "C0")
+
+
+def percent(value: float | None, interval: list | None = None) -> str:
+    """Return a share as in "89.5% [88.0, 91.0]"."""
+    ends = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return "" if value is None else f"{value:.1%}{ends}"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return "" if value is None or value != value else f"{value:,.{digits}f}"
+
+
+def source(results: dict, file: str, figure: str = "") -> str:
+    """Return the lines below a section: the figure, and where its numbers are from."""
+    about = results["provenance"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name in ("torch", "transformers"))
+    image = f"![{figure}]({figure})\n\n" if figure else ""
+    commit = (about["commit"] or "unknown")[:7]
+    return f"{image}Source: [{file}]({file}), by `{about['command']}`; {about['device']}, {versions}, commit {commit}."
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def accuracy(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on accuracy over seeds."""
+    rows = {row["name"]: row for row in results["rows"]}
+    best, full = rows.get("recommended"), rows.get("full_finetuning")
+    lead = ""
+    if best and full:
+        lead = f"The recommended recipe reaches {percent(best['test'], best['test_ci95'])} on test, full fine-tuning "
+        lead += f"{percent(full['test'], full['test_ci95'])}, the default recipe {percent(rows['default']['test'])}."
+    table = pd.DataFrame(
+        {
+            "recipe": row["name"],
+            "seeds": len(row["seeds"]),
+            "validation": percent(row["validation"]),
+            "test": percent(row["test"], row["test_ci95"]),
+            "final test": percent(row.get("final"), row.get("final_ci95")),
+            "seconds": number(row.get("seconds")),
+            "peak, MB": number(row.get("peak_mb")),
+        }
+        for row in results["rows"]
+    )
+    figure = f"{Path(file).stem}.png"
+    if folder:
+        drawn, axis = plt.subplots(figsize=(7, 0.8 + 0.3 * len(rows)), layout="constrained")
+        for place, row in enumerate(reversed(results["rows"])):
+            value, (low, high) = 100 * row["test"], 100 * pd.Series(row["test_ci95"])
+            name = {"tfidf": "TF-IDF", "full_": "full"}.get(row["name"][:5], "QLoRA")
+            axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=color(name), capsize=3)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(results["rows"])])
+        axis.set(xlabel="test accuracy, %, with 95% intervals", title=f"Accuracy of {results['settings']['model']}")
+        save(drawn, folder / figure)
+    model, data = results["settings"]["model"], results["settings"]["dataset"]
+    heading = f"## How accurate are the recipes with {model}?\n\n{lead} Texts: {data}."
+    notes = f" {results['note']}" if "note" in results else ""
+    return f"{heading}{notes}\n\n{markdown(table.set_index('recipe'))}\n\n{source(results, file, figure)}\n"
+
+
+def speed(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on the speed of a step."""
+    parts, length = ["## How fast is a training step, every method treated alike?"], results["settings"]["length"]
+    for model, found in results["models"].items():
+        ratio, floor = found["ratios"], found["floors"]
+        name = f"### {model}"
+        times = {key: number(value, 2) for key, value in ratio.items()}
+        words = [
+            f"Captured, the default recipe is {times['default_captured_over_eager']} times as fast as eager.",
+            f"`fast` is {times['fast_over_full_captured']} times as fast as captured full fine-tuning and holds",
+            f"{percent(ratio['fast_peak_over_full_captured'])} of its peak. `lean` is",
+            f"{times['lean_over_full_captured_checkpointed']} times as fast as full fine-tuning, captured and",
+            f"checkpointed, and holds {number(ratio['lean_peak_mb'])} MB. `fast` is at",
+            f"{percent(ratio['fast_share_of_floor'])} of its arithmetic floor.",
+        ]
+        rows = found["methods"]
+        table = pd.DataFrame(
+            {
+                "method": row["method"],
+                "texts/s": number(row["samples_per_second"]) or row.get("error", "not measured"),
+                "peak, MB": number(row.get("peak_mb")),
+                "weights, MB": number(row.get("weights_mb")),
+                "seconds before the timed steps": number(row.get("startup_seconds")),
+            }
+            for row in rows
+        ).set_index("method")
+        limits = (
+            f"Limits of a step of 32 x {length} tokens: {number(floor['tflop_per_step'], 2)} TFLOP at"
+            f" {number(floor['matrix_tflops'])} TFLOP/s, so {number(floor['arithmetic_samples_per_second'])} texts/s;"
+            f" {number(floor['moved_gb_per_step'], 1)} GB kept and read at {number(floor['bandwidth_gb_s'])} GB/s, so"
+            f" {number(floor['bytes_samples_per_second'])} texts/s."
+        )
+        groups = sorted(found["kernels"].items(), key=lambda each: -each[1])
+        where = "GPU milliseconds of a step of `fast`: " + ", ".join(f"{n} {number(v, 1)}" for n, v in groups) + "."
+        parts += [name, " ".join(words), markdown(table), limits, where if groups else ""]
+    figure = "speed.png"
+    if folder:
+        drawn, axes = plt.subplots(1, len(results["models"]), figsize=(11, 6.5), sharey=True, layout="constrained")
+        for axis, (model, found) in zip(drawn.axes, results["models"].items()):
+            rows = [row for row in found["methods"] if row["samples_per_second"]][::-1]
+            names = [row["method"] for row in rows]
+            bars = axis.barh(names, [row["samples_per_second"] for row in rows], color=[*map(color, names)])
+            axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
+            axis.set(title=model, xlabel="texts per second", xmargin=0.15)
+            axis.grid(False)
+        save(drawn, folder / figure)
+    return "\n\n".join([*filter(None, parts), source(results, file, figure)]) + "\n"
+
+
+def memory(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on memory."""
+    steps = pd.DataFrame(results["components"]).set_index("component").astype(float)
+    first, last = steps["peak_mb"].iloc[0], steps["peak_mb"].iloc[-1]
+    most = steps["saved_mb"].idxmax() if steps["saved_mb"].notna().any() else ""
+    lead = f"From {number(first)} to {number(last)} MB, step by step; `{most}` saves most."
+    table = markdown(steps.map(number).rename(columns={"peak_mb": "peak, MB", "saved_mb": "saved, MB"}))
+    runs = pd.DataFrame([run for run in results["runs"] if "largest_batch" in run])
+    fits = ""
+    if len(runs):
+        grid = runs.pivot(index="largest_batch", columns="gpu_gb", values="batch").rename_axis("largest micro-batch")
+        fits = markdown(grid.loc[[*dict.fromkeys(runs["largest_batch"])]].rename(columns="{:g} GB".format))
+        outside = number(results["outside_the_allocator_mb"])
+        fits += f"\n\nOf each GPU's memory, {outside} MB are CUDA's own, beside the allocator; batches in steps of 8."
+    growth, length = pd.DataFrame([run for run in results["runs"] if "growth" in run]), results["settings"]["length"]
+    figure = "memory.png"
+    if folder:
+        drawn, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        for axis, column, fixed in ((axes[0], "batch", ("length", length)), (axes[1], "length", ("batch", 16))):
+            for name, group in growth[growth[fixed[0]] == fixed[1]].groupby("growth", sort=False):
+                group = group.sort_values(column)
+                style = {"QLoRA default": "o-", "QLoRA fast": "s--", "QLoRA lean": "^:"}.get(name, "D-")
+                axis.plot(group[column], group["peak_mb"].astype(float) / 1e3, style, color=color(name), label=name)
+            axis.set(
+                xlabel={"batch": f"texts of {length} tokens", "length": "tokens of 16 texts"}[column], ylim=(0, None)
+            )
+        axes[0].set(ylabel="peak, GB", title="Memory grows with the batch")
+        axes[1].set(title="and with the length")
+        axes[0].legend(frameon=False)
+        save(drawn, folder / figure)
+    parts = ["## What saves memory?", lead, table, "## What fits?" if fits else "", fits, source(results, file, figure)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def ranks(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on the LoRA rank."""
+    frame = pd.DataFrame(results["summary"])
+    best = frame.loc[frame["accuracy"].idxmax()]
+    one = frame.iloc[0]
+    lead = (
+        f"{one['modules']} at rank {one['rank']}: {percent(one['accuracy'], one['accuracy_ci95'])}; the best,"
+        f" {best['modules']} at rank {best['rank']}: {percent(best['accuracy'], best['accuracy_ci95'])}."
+        f" Short trainings on {results['settings']['rows']:,} texts with {results['settings']['model']}."
+    )
+    shown = frame.assign(
+        accuracy=[percent(row["accuracy"], row["accuracy_ci95"]) for row in results["summary"]],
+        seeds=[", ".join(map(percent, seeds)) for seeds in frame["seeds"]],
+        parameters=frame["parameters"].map("{:,}".format),
+    ).drop(columns="accuracy_ci95")
+    figure = "ranks.png"
+    if folder:
+        drawn, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+        for style, (modules, group) in zip(("o-", "s--"), frame.groupby("modules", sort=False)):
+            ends = 100 * pd.DataFrame([*group["accuracy_ci95"]]).to_numpy().T
+            errors = abs(ends - 100 * group["accuracy"].to_numpy())
+            axis.errorbar(group["parameters"], 100 * group["accuracy"], errors, fmt=style, capsize=3, label=modules)
+        axis.set(xscale="log", xlabel="trained parameters", ylabel="validation accuracy, %")
+        axis.set(title=f"Ranks {', '.join(map(str, results['settings']['ranks']))}, mean of the seeds")
+        axis.legend(frameon=False, loc="lower right")
+        save(drawn, folder / figure)
+    heading = "## How much does the rank matter?"
+    return "\n\n".join([heading, lead, markdown(shown.set_index("modules")), source(results, file, figure)]) + "\n"
+
+
+def scaling(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on several GPUs."""
+    frame = pd.DataFrame(results["runs"]).groupby(["model", "method", "batch", "processes"], sort=False)
+    frame = frame[["samples_per_second", "peak_mb"]].median().reset_index()
+    keys = ["model", "method", "batch"]
+    alone = frame[frame["processes"] == 1].set_index(keys)["samples_per_second"]
+    frame["speed-up"] = [row["samples_per_second"] / alone[tuple(row[keys])] for _, row in frame.iterrows()]
+    several = frame[frame["processes"] > 1]
+    lead = f"From {several['speed-up'].min():.2f} to {several['speed-up'].max():.2f} times the speed of one."
+    shown = frame.assign(peak_mb=frame["peak_mb"].map(number), **{"speed-up": frame["speed-up"].map("{:.2f}".format)})
+    shown["samples_per_second"] = shown["samples_per_second"].map(number)
+    names = {"batch": "texts per step", "samples_per_second": "texts/s", "peak_mb": "peak of one, MB"}
+    table = markdown(shown.rename(columns=names).set_index("model"))
+    return "\n\n".join(["## What do two GPUs bring?", lead, table, source(results, file)]) + "\n"
+
+
+def overview(read: Path, folder: Path) -> None:
+    """Draw the first figure of the README: memory and speed of one model on one machine, and its accuracy where it was
+    measured."""
+    results = json.loads((read / "speed.json").read_text(encoding="utf-8"))
+    model = [*results["models"]][-1]
+    found = {row["method"]: row for row in results["models"][model]["methods"]}
+    shown = {
+        "full fine-tuning, fp16": ("full fp16, captured, 32 x 1", "full_finetuning"),
+        "full, checkpointed": ("full fp16, captured, 16 x 2, checkpointed", ""),
+        "QLoRA default": ("QLoRA default, captured", "default"),
+        "QLoRA fast": ("QLoRA fast, captured", "fast"),
+        "QLoRA lean": ("QLoRA lean, captured", "lean"),
+    }
+    panels = {"peak_mb": "peak, MB", "samples_per_second": "training, texts/s"}
+    rows = {name: dict(found[method]) for name, (method, _) in shown.items() if method in found}
+    scores = {}
+    if (read / "accuracy.json").exists():
+        accuracy = json.loads((read / "accuracy.json").read_text(encoding="utf-8"))
+        scores = {row["name"]: row for row in accuracy["rows"]} if accuracy["settings"]["model"] == model else {}
+    if scores:
+        panels = {"accuracy": "test accuracy, %"} | panels
+        for name, (_, recipe) in shown.items():
+            rows[name]["accuracy"] = 100 * scores[recipe]["test"] if recipe in scores else None
+    table = pd.DataFrame(rows).T.iloc[::-1]
+    drawn, axes = plt.subplots(1, len(panels), figsize=(9, 2.6), sharey=True, layout="constrained")
+    for axis, (column, title) in zip(axes, panels.items()):
+        values = table[column].astype(float)
+        bars = axis.barh(table.index, values, color=[*map(color, table.index)])
+        axis.bar_label(bars, fmt="{:,.1f}" if column == "accuracy" else "{:,.0f}", padding=3, fontsize=9)
+        axis.set(title=title, xlim=(0, 1.25 * values.max()), xticks=[])
+        axis.grid(False)
+    drawn.suptitle(f"{model}, captured steps of 32 texts of {results['settings']['length']} tokens", fontsize=10)
+    save(drawn, folder / "overview.png")
+
+
+SECTIONS = {"accuracy.json": accuracy, "accuracy-small.json": accuracy, "speed.json": speed}
+SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "scaling.json": scaling}
+
+
+def write(read: Path, text: Path, folder: Path | None) -> None:
+    """Write the report of the JSON files in `read` to `text`, and its figures to `folder` (None: none)."""
+    sns.set_theme(style="whitegrid", palette="colorblind")
+    parts = [INTRO]
+    for file, section in SECTIONS.items():
+        if (read / file).exists():
+            results = json.loads((read / file).read_text(encoding="utf-8"))
+            parts.append(section(results, file, folder))
+    text.write_text("\n".join(parts), encoding="utf-8")
+    if folder and (read / "speed.json").exists():
+        overview(read, folder)
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    made.add_argument("--read", type=Path, default=REFERENCE, help="folder of the JSON files")
+    made.add_argument("--out", type=Path, default=REFERENCE, help="folder of REPORT.md and its figures")
+    arguments = made.parse_args()
+    write(arguments.read, arguments.out / "REPORT.md", arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The studies: each runs with a tiny model, writes its file as it goes, and goes on where it was interrupted."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import common, recipes, speed  # noqa: E402
+
+STUDIES = {
+    "speed": "--model random --methods fast --length 16 --steps 1 --rounds 1",
+    "memory": "--length 16 --lengths --batches 2 --caps --steps 1",
+    "ranks": "--ranks 4 --seeds 1 2 --rows 32",
+    "recipes": "--recipes fast tfidf_nb_svm --seeds 1",
+    "scaling": "--processes 1 --batches 32 --length 16 --steps 1 --rounds 1",
+}
+FILES = {"recipes": "accuracy"}
+
+
+def run(study: str, *options: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{study}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_writes_its_file_and_does_not_measure_twice(study, tmp_path):
+    options = ["--tiny", "--out", str(tmp_path), *STUDIES[study].split()]
+    assert run(study, *options).strip()
+    path = tmp_path / f"{FILES.get(study, study)}.json"
+    first = json.loads(path.read_text())
+    assert first["runs"] and {"device", "versions", "commit", "command"} <= first["provenance"].keys()
+    assert str(tmp_path) not in path.read_text() and "/tmp" not in path.read_text()
+    path.write_text(json.dumps(first | {"runs": [run | {"mark": 1} for run in first["runs"]]}))
+    assert "{" not in run(study, *options).split("'default_captured")[0]  # no run was measured again
+    assert all(each["mark"] for each in json.loads(path.read_text())["runs"])
+
+
+@pytest.mark.parametrize("study", [*STUDIES, "report"])
+def test_help_is_quick_and_says_how_to_run_it(study):
+    assert f"python -m benchmarks.{study}" in run(study, "--help")
+
+
+def test_a_file_of_other_settings_is_not_added_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["speed"])
+    arguments = common.parser("speed", "").parse_args(["--out", str(tmp_path)])
+    common.Study("speed", arguments, {"steps": 1}).add({"method": "a"}, lambda: {"samples_per_second": 1.0})
+    again = common.Study("speed", arguments, {"steps": 1})
+    assert again.add({"method": "a"}, pytest.fail)["samples_per_second"] == 1.0
+    with pytest.raises(SystemExit, match="--fresh"):
+        common.Study("speed", arguments, {"steps": 2})
+
+
+def test_ratios_compare_medians():
+    speeds = {"QLoRA fast, captured": 300.0, "full fp16, captured, 32 x 1": 200.0}
+    rows = [
+        {"method": name, "round": turn, "measured": True, "samples_per_second": value + turn, "peak_mb": value}
+        for name, value in speeds.items()
+        for turn in (0, 1, 2)
+    ]
+    found = speed.ratios(speed.summarize(rows), {"arithmetic_samples_per_second": 602.0})
+    assert found["fast_over_full_captured"] == 301 / 201 and found["fast_share_of_floor"] == 0.5
+    assert found["fast_peak_over_full_captured"] == 1.5 and found["default_captured_over_eager"] is None
+
+
+def test_the_interval_over_seeds_covers_the_mean_of_new_seeds():
+    rng, covered = np.random.default_rng(1), {True: 0, False: 0}
+    for _ in range(100):
+        for shared in covered:
+            rates = 0.9 + 0.005 * rng.standard_normal(3)
+            _, (low, high) = recipes.mean_and_interval([rng.random(500) < rate for rate in rates], shared, 500)
+            covered[shared] += low <= 0.9 <= high
+    assert all(85 <= count <= 100 for count in covered.values())
+
+
+def test_answers_survive_their_packing():
+    right = np.random.default_rng(0).random(1001) < 0.9
+    assert (common.unpack(json.loads(json.dumps(common.pack(right)))) == right).all()
