@@ -76,7 +76,7 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
     )
     figure = f"{Path(file).stem}.png"
     if folder:
-        drawn, axis = plt.subplots(figsize=(7, 0.8 + 0.3 * len(rows)), layout="constrained")
+        drawn, axis = plt.subplots(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
         for place, row in enumerate(reversed(results["rows"])):
             value, (low, high) = 100 * row["test"], 100 * pd.Series(row["test_ci95"])
             name = {"tfidf": "TF-IDF", "full_": "full"}.get(row["name"][:5], "QLoRA")
@@ -109,7 +109,7 @@ def speed(results: dict, file: str, folder: Path | None) -> str:
         table = pd.DataFrame(
             {
                 "method": row["method"],
-                "texts/s": number(row["samples_per_second"]) or row.get("error", "not measured"),
+                "texts/s": number(row["samples_per_second"]) or f"failed: {row.get('error', 'memory')[:60]}",
                 "peak, MB": number(row.get("peak_mb")),
                 "weights, MB": number(row.get("weights_mb")),
                 "seconds before the timed steps": number(row.get("startup_seconds")),
