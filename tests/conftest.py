@@ -6,11 +6,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import offline_assets  # noqa: E402
+from hosts import hosts, reviews  # noqa: E402, F401 (fixtures)
 from notebook_api import import_definitions  # noqa: E402
 
 
@@ -28,16 +32,12 @@ def notebook() -> types.ModuleType:
 @pytest.fixture(scope="session")
 def offline_model() -> str:
     """The folder of the small pretrained BERT."""
-    import offline_assets
-
     return str(offline_assets.ensure_model())
 
 
 @pytest.fixture(scope="session")
 def sentences(notebook):
     """The real sentences as a cleaned table of `text` and `label`."""
-    import offline_assets
-
     (table,) = notebook.read_tables(str(offline_assets.ensure_reviews()))
     return notebook.clean(notebook.pick_columns([table]))[0]
 
@@ -45,9 +45,6 @@ def sentences(notebook):
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory, offline_model) -> str:
     """A folder with a BERT of 2 layers x 64, random weights, the real vocabulary and no dropout."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
     folder = tmp_path_factory.mktemp("tiny-bert")
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -69,8 +66,6 @@ def tiny_config(notebook, tiny_bert, tmp_path):
 @pytest.fixture(scope="session")
 def task(notebook, offline_model):
     """The tokenizer, two classes and the head of a BERT."""
-    from transformers import AutoTokenizer
-
     return notebook.Task(AutoTokenizer.from_pretrained(offline_model), ["negative", "positive"], ["classifier"])
 
 

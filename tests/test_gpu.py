@@ -1,5 +1,6 @@
 """What only a CUDA GPU shows: captured steps compute what eager ones do, dropout included; and memory that runs out."""
 
+import functools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,8 +22,8 @@ PRESETS = ["", "fast", "lean"]
 def make_bert(folder: Path, dropout: float = 0.0, **changes) -> str:
     """Write a BERT with random weights, and a tokenizer that can pad, to `folder`."""
     torch.manual_seed(0)
-    dropped = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    BertModel(BertConfig(**SHAPE | dropped | changes)).save_pretrained(folder)
+    drops = dict.fromkeys(["hidden_dropout_prob", "attention_probs_dropout_prob"], dropout)
+    BertModel(BertConfig(**SHAPE | drops | changes)).save_pretrained(folder)
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
     tokens = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "[UNK]")), pad_token="[PAD]")
     tokens.model_input_names = ["input_ids", "attention_mask"]
@@ -30,7 +31,7 @@ def make_bert(folder: Path, dropout: float = 0.0, **changes) -> str:
     return str(folder)
 
 
-def task_of(bert: str):
+def task_of(bert: str) -> nb.Task:
     return nb.Task(PreTrainedTokenizerFast.from_pretrained(bert), ["no", "yes"], ["classifier"])
 
 
@@ -60,47 +61,44 @@ def train(config, rows, **changes):
 
 def adapter(trainer) -> torch.Tensor:
     """Return all trained parameters in one vector."""
-    each = [p.detach().flatten().double().cpu() for p in trainer.model.parameters() if p.requires_grad]
-    return torch.cat(each)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_captured_losses_equal_the_eager_ones_to_the_last_digit(tmp_path, preset):
-    bert, rows, results = make_bert(tmp_path / "bert"), rows_of(1200), []
-    for graphs in (True, False):
-        config = config_for(bert, tmp_path, preset, cuda_graphs=graphs, num_train_epochs=2)
-        trainer, losses = train(config, rows)
-        results.append((losses, adapter(trainer), trainer.steps))
-    (captured, after, steps), (eager, after_eager, steps_eager) = results
-    assert len(captured) >= 64 and torch.equal(captured, eager) and torch.equal(after, after_eager)
-    assert steps["captured"] > 0.8 * steps["all"] == 0.8 * len(captured) and not steps_eager["captured"]
-    assert len({*captured.tolist()}) > 0.9 * len(captured)
+    return torch.cat([p.detach().flatten().double().cpu() for p in trainer.model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_two_replays_of_one_batch_differ_by_dropout_alone(tmp_path, preset, dropout):
-    one = rows_of(32, shortest=100)
-    rows = one.select([*range(32)] * 6)
-    config = config_for(make_bert(tmp_path / "bert", dropout), tmp_path, preset, learning_rate=1e-30)
-    trainer, losses = train(config, rows, train_sampling_strategy="sequential", num_train_epochs=1)
-    steps = losses.view(6, -1)[3:]  # the same texts in each: replays, from the fourth on
-    assert trainer.steps["captured"] and len({*map(tuple, steps.tolist())}) == (3 if dropout else 1)
+def test_captured_losses_equal_the_eager_ones_to_the_last_digit_with_dropout_almost(tmp_path, preset, dropout):
+    """So in a graph, too, a checkpointed layer drops the same values both times it runs."""
+    texts, epochs = (640, 1) if dropout else (1200, 2)
+    bert, rows, results = make_bert(tmp_path / "bert", dropout), rows_of(texts), []
+    for graphs in (True, False):
+        config = config_for(bert, tmp_path, preset, cuda_graphs=graphs, num_train_epochs=epochs)
+        trainer, losses = train(config, rows)
+        results.append((losses, adapter(trainer), trainer.steps))
+    (captured, after, steps), (eager, after_eager, steps_eager) = results
+    assert (captured - eager).abs().max() < 1e-5 and steps["captured"] and not steps_eager["captured"]
+    assert len({*captured.tolist()}) > 0.9 * len(captured)
+    if not dropout:
+        assert len(captured) >= 64 and torch.equal(captured, eager) and torch.equal(after, after_eager)
+        assert steps["captured"] > 0.8 * steps["all"] == 0.8 * len(captured)
 
 
 def test_a_recomputed_layer_drops_the_same_values(tmp_path):
     bert, gradients = make_bert(tmp_path / "bert", dropout=0.3), {}
     ids, labels = torch.arange(4, 84, device="cuda").reshape(2, 40), torch.tensor([0, 1], device="cuda")
+
+    def within(dropout, forward, *args, **kwargs):  # the first of the states that each call is given
+        with dropout()[0]:
+            return forward(*args, **kwargs)
+
     for kind in ("kept", "recomputed", "recomputed otherwise"):
         config = config_for(bert, tmp_path, "lean", gradient_checkpointing=kind != "kept")
         model = nb.build_qlora(config, task_of(bert)).train()
-        for name, each in model.named_parameters():
-            if "lora_B" in name:
-                each.data.fill_(0.01)
+        adapters = {name: each for name, each in model.named_parameters() if "lora_" in name}
+        for name in [name for name in adapters if "lora_B" in name]:
+            adapters[name].data.fill_(0.01)
         dropout = model.dropout_states or nb.DropoutStates()
-        if kind == "kept":
-            for layer in model.base_model.model.bert.encoder.layer:
-                layer.forward = within(dropout, layer.forward)
+        for layer in model.base_model.model.bert.encoder.layer if kind == "kept" else ():
+            layer.forward = functools.partial(within, dropout, layer.forward)
         for _ in range(2):  # the second time all pairs of states exist
             model.zero_grad()
             torch.manual_seed(0)
@@ -108,53 +106,29 @@ def test_a_recomputed_layer_drops_the_same_values(tmp_path):
             for pair in dropout.pairs if kind == "recomputed otherwise" else ():
                 pair[1].manual_seed(1)
             model(input_ids=ids, labels=labels).loss.backward()
-        inside = [each.grad.flatten() for name, each in model.named_parameters() if "lora_" in name]
-        gradients[kind] = torch.cat(inside)
+        gradients[kind] = torch.cat([each.grad.flatten() for each in adapters.values()])
     size = gradients["kept"].norm()
     assert (gradients["recomputed"] - gradients["kept"]).norm() < 1e-3 * size
     assert (gradients["recomputed otherwise"] - gradients["kept"]).norm() > 1e-2 * size
 
 
-def within(dropout, forward):
-    """Return `forward` drawing from the first of the states that `dropout` gives each call."""
-
-    def wrapped(*args, **kwargs):
-        with dropout()[0]:
-            return forward(*args, **kwargs)
-
-    return wrapped
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_captured_dropout_is_the_eager_one(tmp_path, preset):
-    """So in a graph, too, a checkpointed layer drops the same values both times it runs."""
-    bert, rows, results = make_bert(tmp_path / "bert", dropout=0.3), rows_of(640), []
-    for graphs in (True, False):
-        config = config_for(bert, tmp_path, preset, cuda_graphs=graphs, num_train_epochs=1)
-        results.append(train(config, rows)[1])
-    assert (results[0] - results[1]).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("broken", [False, True])
 def test_resumed_it_ends_as_if_it_had_not_been_interrupted(tmp_path, capsys, broken, monkeypatch):
     """Dropout on, checkpointed; also where the capture fails, in the whole training and in the resumed one."""
-    if broken:
-        monkeypatch.setattr(nb, "capture_graph", fail_within_a_capture(nb.capture_graph))
-    bert, rows = make_bert(tmp_path / "bert", dropout=0.3), rows_of(320)
-    config = config_for(bert, tmp_path, num_train_epochs=2)
-    options = {"save_strategy": "epoch"}
+    capture = nb.capture_graph
+
+    def fail_within(step, *args):  # it waits for the GPU in its middle, which no graph can hold
+        return capture(lambda inputs: step(inputs) + torch.ones(1, device="cuda").item(), *args)
+
+    monkeypatch.setattr(nb, "capture_graph", fail_within if broken else capture)
+    bert, rows, options = make_bert(tmp_path / "bert", dropout=0.3), rows_of(320), {"save_strategy": "epoch"}
+    config, task = config_for(bert, tmp_path, num_train_epochs=2), task_of(bert)
     whole, _ = train(config, rows, **options)
     assert broken == ("No CUDA graphs" in capsys.readouterr().out) and broken != bool(whole.steps["captured"])
     arguments = nb.training_arguments(config, tmp_path / "run", **nb.QUIET | options)
-    task = task_of(bert)
     resumed = nb.make_trainer(nb.build_qlora(config, task), config, arguments, task.tokenizer, rows)
     resumed.train(str(tmp_path / "run" / "checkpoint-10"))
     assert (adapter(resumed) - adapter(whole)).abs().max() < 1e-6 and resumed.state.global_step == 20
-
-
-def fail_within_a_capture(capture):
-    """Return `capture` with a step that waits for the GPU in its middle, which no graph can hold."""
-    return lambda step, *args: capture(lambda inputs: step(inputs) + torch.ones(1, device="cuda").item(), *args)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -193,16 +167,15 @@ def train_apart(bert: str, folder: str, preset: str, micro: int, cap: float | No
         torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
     tokenized = nb.DatasetDict(train=rows_of(160, shortest=70), validation=rows_of(16))
     trainer = nb.train_within_memory(config, task, tokenized, Path(folder) / "run")
-    used = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-    reserved = torch.cuda.max_memory_reserved()
-    return {"used": used, "reserved": reserved, "steps": trainer.state.global_step, "after": adapter(trainer).numpy()}
+    found = {"used": (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps)}
+    found |= {"reserved": torch.cuda.max_memory_reserved(), "steps": trainer.state.global_step}
+    return found | {"after": adapter(trainer).numpy()}
 
 
 @pytest.mark.parametrize("preset", ["", "fast"])
 def test_on_a_gpu_that_is_full_the_micro_batch_shrinks(tmp_path, preset):
     """The allocator gets what 16 texts need and 32 do not: as many steps, about the same adapter."""
-    deep = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024}
-    bert = make_bert(tmp_path / "bert", **deep)
+    bert = make_bert(tmp_path / "bert", hidden_size=256, num_hidden_layers=8, intermediate_size=1024)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
 
         def start(micro, cap=None):

@@ -1,36 +1,22 @@
 """The notebook's form: its size, sections, folded cells, definitions that can be lifted, and one clean saved run."""
 
 import ast
-import builtins
 import json
 import re
 import statistics
-import symtable
 
 import nbformat
 import pytest
 from conftest import NOTEBOOK, ROOT, code_cells
-from notebook_api import is_definition
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
-CODE_CELLS, CODE_LINES, WORDS, COLUMNS = 95, 1_700, 5_500, 100
-CELL_LINES, LONG_CELL_LINES, LONG_CELLS = 45, 65, ("class Config(", "class GraphTrainer(")
-MEDIAN_CELL_LINES = 12
-DATA_BEFORE, TRAINING_BEFORE = 400, 900  # code lines: data was shown, section 8 begins
-SECTIONS = {  # budgets of code cells and code lines
-    "1 Setup": (5, 100),
-    "2 Settings": (6, 180),
-    "3 Data": (8, 190),
-    "4 Tokens": (5, 60),
-    "5 A baseline to beat": (5, 80),
-    "6 The 4-bit base": (10, 150),
-    "7 LoRA": (6, 80),
-    "8 Training": (14, 330),
-    "9 Evaluation": (10, 160),
-    "10 Efficiency": (8, 160),
-    "11 LoRA rank": (4, 80),
-    "12 Using it": (7, 90),
-    "13 Further": (3, 40),
-}
+SECTIONS = ["1 Setup", "2 Settings", "3 Data", "4 Tokens", "5 A baseline to beat", "6 The 4-bit base", "7 LoRA"]
+SECTIONS += ["8 Training", "9 Evaluation", "10 Efficiency", "11 LoRA rank", "12 Using it", "13 Further"]
+LONG_CELLS = ("class Config(", "class GraphTrainer(")
+BUDGETS = {"code cells": 95, "code lines": 1_700, "columns of a code line": 100, "words": 5_500, "lines of a cell": 45}
+BUDGETS |= {"lines of Config and GraphTrainer": 65, "lines of the median cell": 12}
+BUDGETS |= {"code line at which data was seen": 399, "code line at which section 8 begins": 899}
 
 
 @pytest.fixture(scope="module")
@@ -46,104 +32,40 @@ def headings(saved) -> list[str]:
     return re.findall(r"^## (.+)$", "\n".join(markdown(saved)), flags=re.MULTILINE)
 
 
-def run_nodes(cell):
-    """Yield what a cell does: all of it but its definitions."""
-    for node in ast.parse(cell.source).body:
-        if not is_definition(node):
-            yield from ast.walk(node)
-
-
-def last_line(does) -> int:
-    """Return the number, among all code lines, of the last line of the one cell that `does` something."""
-    found, lines = [], 0
-    for cell in code_cells():
-        lines += len(cell.source.splitlines())
-        found += [lines] * any(does(node) for node in run_nodes(cell))
-    (only,) = found
-    return only
-
-
-def begins(saved, section: str) -> int:
-    """Return how many code lines stand before a section."""
-    headings = [f"## {section}" in cell.source.splitlines() for cell in saved.cells]
-    before = saved.cells[: headings.index(True)]
-    return sum(len(cell.source.splitlines()) for cell in before if cell.cell_type == "code")
-
-
-def reads_tables(node: ast.AST) -> bool:
-    return isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == "tables" for to in node.targets)
-
-
-def trains(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "train_within_memory"
-
-
-def templates(source: str) -> list[str]:
-    """Return a cell's strings of more than one line, docstrings aside, and what HTML and Markdown are called with."""
+def long_texts(source: str) -> list[str]:
+    """Return a cell's strings of more than one line, docstrings aside."""
     nodes = list(ast.walk(ast.parse(source)))
-    documented = [
-        node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node)
-    ]
-    shown = [
-        node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("HTML", "Markdown")
-    ]
-    skipped = {node.body[0].value for node in documented}
-    texts = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    inside = {each for call in shown for each in ast.walk(call)}
-    return [node.value for node in texts if node not in skipped and ("\n" in node.value or node in inside)]
+    documented = {ast.get_docstring(n, clean=False) for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text for text in texts if "\n" in text and text not in documented]
 
 
 def test_it_is_small_enough_to_be_read_to_the_end(saved):
-    lengths = {cell.id: len(cell.source.splitlines()) for cell in code_cells()}
-    lines = [line for cell in code_cells() for line in cell.source.splitlines()]
-    long = {cell.id for cell in code_cells() if any(name in cell.source for name in LONG_CELLS)}
-    texts = markdown(saved) + [text for cell in code_cells() for text in templates(cell.source)]
-    rows = [  # what, how much, budget
-        ("code cells", len(lengths), CODE_CELLS),
-        ("code lines", len(lines), CODE_LINES),
-        ("columns of a code line", max(map(len, lines)), COLUMNS),
-        ("words", sum(len(text.split()) for text in texts), WORDS),
-        ("lines of a cell", max(length for cell, length in lengths.items() if cell not in long), CELL_LINES),
-        ("lines of Config and GraphTrainer", max(lengths[cell] for cell in long), LONG_CELL_LINES),
-        ("cells that may be longer", len(long), len(LONG_CELLS)),
-        ("lines of the median cell", statistics.median(lengths.values()), MEDIAN_CELL_LINES),
-        ("code line at which data was seen", last_line(reads_tables), DATA_BEFORE - 1),
-        ("code line at which section 8 begins", begins(saved, "8 Training"), TRAINING_BEFORE - 1),
-    ]
-    print(f"the cell that trains ends at code line {last_line(trains):,}, definitions and folded cells included")
-    print(
-        *(f"{what:<36}{size:>7,g} of {budget:,}{'  OVER' * (size > budget)}" for what, size, budget in rows), sep="\n"
-    )
-    assert [what for what, size, budget in rows if size > budget] == []
-
-
-def test_the_sections_sizes_are_printed_beside_their_budgets(saved):
-    sizes, section = dict.fromkeys(SECTIONS, (0, 0)), None
+    cells = [cell.source for cell in code_cells()]
+    before, lines = {}, []  # how many code lines stand before a section, and before the data are shown
     for cell in saved.cells:
-        if cell.cell_type == "markdown":
-            section = ([section] + re.findall(r"^## (.+)$", cell.source, flags=re.MULTILINE))[-1]
-        else:
-            sizes[section] = sizes[section][0] + 1, sizes[section][1] + len(cell.source.splitlines())
-    for name, (cells, lines) in sizes.items():
-        print(f"{name:<24}{cells:>3} of {SECTIONS[name][0]:>2} cells {lines:>5} of {SECTIONS[name][1]:>3} lines")
-    assert sum(cells for cells, _ in sizes.values()) == len(code_cells()) and all(cells for cells, _ in sizes.values())
+        before |= dict.fromkeys(re.findall(r"^## (.+)$", cell.source, flags=re.M), len(lines))
+        lines += cell.source.splitlines() if cell.cell_type == "code" else []
+        before |= {"data": len(lines)} if re.search(r"^\s*tables = read_tables", cell.source, flags=re.M) else {}
+    lengths = {source: len(source.splitlines()) for source in cells}
+    long = [source for source in cells if any(name in source for name in LONG_CELLS)]
+    texts = markdown(saved) + [text for source in cells for text in long_texts(source)]
+    sizes = [len(cells), len(lines), max(map(len, lines)), sum(len(text.split()) for text in texts)]
+    sizes += [max(lengths[source] for source in cells if source not in long), max(lengths[source] for source in long)]
+    sizes += [statistics.median(lengths.values()), before["data"], before["8 Training"]]
+    assert len(long) == len(LONG_CELLS)
+    assert {what: (size, most) for (what, most), size in zip(BUDGETS.items(), sizes, strict=True) if size > most} == {}
 
 
-def test_the_sections_are_those_of_the_design(saved):
+def test_the_sections_are_those_of_the_design_the_contents_and_the_workflow(saved):
     nbformat.validate(saved)
-    assert headings(saved) == list(SECTIONS)
-
-
-def test_the_sections_are_the_stations_of_the_workflow(saved):
     stations = re.findall(r'"(\d+ [^":]+)', (ROOT / "Flow" / "workflow.mmd").read_text(encoding="utf-8"))
-    assert sorted({*stations}, key=lambda station: int(station.split()[0])) == headings(saved)
-
-
-def test_the_contents_list_jumps_to_every_section(saved):
     links = re.findall(r"\[(\d+ [^\]]+)\]\(#([^)]+)\)", saved.cells[0].source)
-    assert links == [(section, section.replace(" ", "-")) for section in SECTIONS]
     anchors = {target for text in markdown(saved) for target in re.findall(r"\]\(#([^)]+)\)", text)}
-    assert anchors == {section.replace(" ", "-") for section in SECTIONS}
+    assert headings(saved) == SECTIONS == sorted({*stations}, key=lambda station: int(station.split()[0]))
+    assert links == [(section, section.replace(" ", "-")) for section in SECTIONS] and anchors == {
+        *dict(links).values()
+    }
 
 
 def test_plumbing_and_nothing_else_is_titled_and_folded():
@@ -157,35 +79,18 @@ def test_plumbing_and_nothing_else_is_titled_and_folded():
         assert bool(re.match(r"# ?@title \w", first)) == (cell in plumbing), first
 
 
-def test_the_reader_s_settings_have_a_cell_of_their_own():
-    (cell,) = [cell for cell in code_cells() if "parameters" in cell.metadata.get("tags", [])]
-    (node,) = ast.parse(cell.source).body
-    assert ast.unparse(node) == "settings = {}"
+def test_the_reader_s_settings_have_a_cell_of_their_own_behind_which_papermill_puts_others(saved):
+    (place,) = [place for place, cell in enumerate(saved.cells) if "parameters" in cell.metadata.get("tags", [])]
+    assert ast.unparse(ast.parse(saved.cells[place].source)) == "settings = {}"
+    cells = parameterize_notebook(load_notebook_node(str(NOTEBOOK)), {"settings": {"seed": 7}}).cells
+    assert 'settings = {"seed": 7}' in cells[place + 1].source and len(cells) == len(saved.cells) + 1
+    assert not any("resolve_config(settings" in cell.source for cell in cells[:place])
 
 
 def test_what_the_first_cell_installs_is_requirements_txt(notebook):
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    assert set(notebook.REQUIREMENTS) == set(listed)
-    assert len(notebook.REQUIREMENTS) == len(set(notebook.REQUIREMENTS))
-
-
-def global_names(table: symtable.SymbolTable):
-    for symbol in table.get_symbols():
-        read = symbol.is_referenced() and not symbol.is_assigned() and not symbol.is_imported()
-        if symbol.is_global() or (table.get_type() == "module" and read):
-            yield symbol.get_name()
-    for child in table.get_children():
-        yield from global_names(child)
-
-
-def test_definitions_read_no_global_but_imports_constants_and_definitions(notebook):
-    allowed, read = {*dir(builtins), *vars(notebook)}, set()
-    for cell in code_cells():
-        tree = ast.parse(cell.source)
-        tree.body = [node for node in tree.body if is_definition(node)]
-        read |= {*global_names(symtable.symtable(ast.unparse(tree), "cell", "exec"))}
-    assert len(read) > 100 and read - allowed == set()
+    assert sorted(notebook.REQUIREMENTS) == sorted(listed)
 
 
 def test_every_definition_says_what_it_does():
@@ -194,46 +99,30 @@ def test_every_definition_says_what_it_does():
     assert found and [node.name for node in found if not ast.get_docstring(node)] == []
 
 
-# What is saved in it
+@pytest.fixture
+def outputs():
+    """The saved outputs; a notebook that was not executed yet has none, and nothing to be tested here."""
+    found = [output for cell in code_cells() for output in cell.outputs]
+    return found or pytest.skip("The notebook has no saved outputs: execute it, and save it.")
 
 
 @pytest.fixture
-def outputs(saved):
-    """The saved outputs; a notebook that was not executed yet has none, and nothing to be tested here."""
-    found = [output for cell in saved.cells if cell.cell_type == "code" for output in cell.outputs]
-    if not found:
-        pytest.skip("The notebook has no saved outputs: execute it, and save it.")
-    return found
-
-
-def texts(outputs) -> str:
-    """Return all saved outputs except pictures, as JSON."""
+def shown(outputs) -> str:
+    """All saved outputs except pictures, as JSON."""
     kinds = [(output.get("data") or output).items() for output in outputs]
     return json.dumps([{name: value for name, value in kind if not name.startswith("image/")} for kind in kinds])
 
 
-def test_the_saved_outputs_are_of_one_clean_run(saved, outputs):
-    cells = [cell for cell in saved.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+def test_the_saved_outputs_are_of_one_clean_run_with_every_figure(saved, outputs, shown):
+    assert [cell.execution_count for cell in code_cells()] == list(range(1, len(code_cells()) + 1))
     assert [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"] == []
-    assert "Warning" not in texts(outputs)
-    assert NOTEBOOK.stat().st_size < 4e6
+    assert "Warning" not in shown and NOTEBOOK.stat().st_size < 4e6
+    assert re.findall(r"@@\w+@@", "\n".join(markdown(saved))) == []  # no placeholder of a figure is left
+    drawn = [cell for cell in code_cells() if re.search(r"^save_figure\(", cell.source, re.M)]
+    assert len(drawn) == 6 and all(any("image/png" in each.get("data", {}) for each in c.outputs) for c in drawn)
 
 
-def test_nothing_local_or_private_is_saved_in_it(saved, outputs):
-    text = texts(outputs) + "".join(cell.source for cell in saved.cells)
+def test_nothing_local_or_private_is_saved_in_it(saved, shown):
+    text = shown + "".join(cell.source for cell in saved.cells)
     assert not re.search(r"/(root|home|work|tmp|Users|mnt|opt)/", text)
     assert not re.search(r"hf_[A-Za-z0-9]{20,}|\b[0-9a-f]{40}\b", text)
-
-
-def test_every_figure_is_saved_in_it(saved, outputs):
-    drawn = [
-        cell for cell in saved.cells if cell.cell_type == "code" and re.search(r"^save_figure\(", cell.source, re.M)
-    ]
-    assert len(drawn) == 6
-    for cell in drawn:
-        assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source.splitlines()[-1]
-
-
-def test_no_placeholder_is_left_in_the_saved_run(saved, outputs):
-    assert re.findall(r"@@\w+@@", "\n".join(markdown(saved))) == []
