@@ -26,7 +26,9 @@ def code_cells() -> list[nbformat.NotebookNode]:
 @pytest.fixture(scope="session")
 def notebook() -> types.ModuleType:
     """The notebook's definitions."""
-    return import_definitions()
+    module = import_definitions()
+    module.gc.freeze()  # as the notebook does: Trainer collects garbage at the end of each training
+    return module
 
 
 @pytest.fixture(scope="session")
