@@ -175,10 +175,10 @@ def test_labels_of_any_type_become_text(notebook):
 
 def test_a_label_of_several_values_and_a_text_that_is_none_are_refused(notebook):
     for value in (["x"], {"a": 1}, np.array([1])):
-        assert "one value" in refusal(notebook.pick_columns, [frame(["a"], [value])])
+        assert repr(value)[:9] in refusal(notebook.pick_columns, [frame(["a"], [value])])
     for value in (5, ["a"], b"a", "\ud800"):
         said = refusal(notebook.pick_columns, [frame(["a", None, value], [0, 1, 0])])
-        assert "1 texts" in said and repr(value) in said
+        assert "1 values" in said and repr(value) in said
 
 
 @pytest.mark.parametrize(("text", "label"), [([*map(str, range(40))], ["\ud800", "b"] * 20), ([], [])])
