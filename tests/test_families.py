@@ -34,6 +34,7 @@ FAMILIES |= {  # query and value, head, what the configuration has besides the s
 }
 KNOWN = [name for name in FAMILIES if name in transformers.CONFIG_MAPPING]  # of this version of transformers
 TEXTS = [f"a film of {n} {'good' if n % 2 else 'bad'} minutes{' and more' * n}" for n in range(8)]
+ALL_LINEAR = [(name, "all-linear") for name in ("bert", "deberta-v2", "mpnet")]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -98,9 +99,8 @@ def test_a_family_learns_and_is_the_same_saved_reloaded_and_merged(tmp_path, pre
 
 
 @on_gpu
-@pytest.mark.parametrize("targets", ["query,value", "all-linear"])
 @pytest.mark.parametrize("preset", ["", "fast", "lean"])
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(("name", "targets"), [(name, "query,value") for name in KNOWN] + ALL_LINEAR)
 def test_on_a_gpu_a_family_is_captured_or_eager_with_one_line(prepare, capsys, name, preset, targets):
     changes = {"preset": preset, "target_modules": targets, "num_train_epochs": 2, "max_length": 64}
     config, task, rows = prepare(name, TEXTS * 32, cuda=True, **changes)
