@@ -48,7 +48,8 @@ def use_offline_assets(environ: MutableMapping[str, str]) -> None:
         environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
     if not environ.get("QLORA_DATASET_NAME"):
         environ["QLORA_DATASET_NAME"] = with_home(offline_assets.ensure_reviews())
-        environ.setdefault("QLORA_MAX_TRAIN_SAMPLES", "2500")  # the demo's cap, which an own data set does not have
+        environ.setdefault("QLORA_MAX_TRAIN_SAMPLES", "2500")  # the demo's cap and share, which an own data set does
+        environ.setdefault("QLORA_VALIDATION_SHARE", "0.05")  # not have
 
 
 class ProgressClient(NotebookClient):
