@@ -112,7 +112,7 @@ def speed(results: dict, file: str, folder: Path | None) -> str:
                 "texts/s": number(row["samples_per_second"]) or f"failed: {row.get('error', 'memory')[:60]}",
                 "peak, MB": number(row.get("peak_mb")),
                 "weights, MB": number(row.get("weights_mb")),
-                "seconds before the timed steps": number(row.get("startup_seconds")),
+                "seconds before the timed steps": number(row.get("startup_seconds"), 1),
             }
             for row in rows
         ).set_index("method")

@@ -42,14 +42,14 @@ def with_home(path: Path) -> str:
 
 
 def use_offline_assets(environ: MutableMapping[str, str]) -> None:
-    """Let the notebook run without the Hub: the demo preset on the offline assets, where `environ` names no others."""
-    environ.setdefault("QLORA_PRESET", "demo")
+    """Let the notebook run without the Hub: on the offline assets, where `environ` names no others. The demo's settings
+    come with its data alone: who names data of their own gets the notebook's own defaults."""
     if not environ.get("QLORA_MODEL_NAME"):
         environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
     if not environ.get("QLORA_DATASET_NAME"):
         environ["QLORA_DATASET_NAME"] = with_home(offline_assets.ensure_reviews())
-        environ.setdefault("QLORA_MAX_TRAIN_SAMPLES", "2500")  # the demo's cap and share, which an own data set does
-        environ.setdefault("QLORA_VALIDATION_SHARE", "0.05")  # not have
+        for name, value in {"PRESET": "demo", "MAX_TRAIN_SAMPLES": "2500", "VALIDATION_SHARE": "0.05"}.items():
+            environ.setdefault(f"QLORA_{name}", value)
 
 
 class ProgressClient(NotebookClient):

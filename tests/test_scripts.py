@@ -63,13 +63,14 @@ def assets(monkeypatch, tmp_path):
     return prepared
 
 
-def test_without_the_hub_the_offline_assets_stand_in(assets, tmp_path):
+def test_without_the_hub_the_offline_assets_stand_in(assets, tmp_path, notebook):
     environ = {}
     run_notebook.use_offline_assets(environ)
     assert assets == ["model", "reviews"]
     assert Path(environ["QLORA_MODEL_NAME"]).expanduser() == tmp_path / "model"
     assert Path(environ["QLORA_DATASET_NAME"]).expanduser() == tmp_path / "reviews"
-    assert int(environ["QLORA_MAX_TRAIN_SAMPLES"]) > 0
+    config, _ = notebook.resolve_config({}, environ, cuda=False)  # the notebook takes it
+    assert config.max_train_samples == int(environ["QLORA_MAX_TRAIN_SAMPLES"])
 
 
 def test_what_the_user_has_set_stays(assets):
@@ -77,18 +78,10 @@ def test_what_the_user_has_set_stays(assets):
     environ = dict(mine)
     run_notebook.use_offline_assets(environ)
     assert assets == [] and environ.items() >= mine.items()
-    assert "QLORA_MAX_TRAIN_SAMPLES" not in environ  # the cap is for the stand-in, not for own data
+    assert not {"QLORA_MAX_TRAIN_SAMPLES", "QLORA_PRESET"} & {*environ}  # for the stand-in, not for own data
     environ = {"QLORA_MAX_TRAIN_SAMPLES": "64", "QLORA_MODEL_NAME": ""}
     run_notebook.use_offline_assets(environ)
     assert assets == ["model", "reviews"] and environ["QLORA_MAX_TRAIN_SAMPLES"] == "64"
-
-
-def test_the_notebook_takes_what_make_run_sets(assets, notebook):
-    environ = {}
-    run_notebook.use_offline_assets(environ)
-    config, _ = notebook.resolve_config({}, environ, cuda=False)
-    assert config.max_train_samples == int(environ["QLORA_MAX_TRAIN_SAMPLES"])
-    assert config.dataset_name == environ["QLORA_DATASET_NAME"] and config.model_name == environ["QLORA_MODEL_NAME"]
 
 
 def test_a_notebook_is_executed_with_its_output_shown_and_kept(tmp_path, capsys):
