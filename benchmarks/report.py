@@ -181,7 +181,7 @@ def ranks(results: dict, file: str, folder: Path | None) -> str:
     lead = (
         f"{one['modules']} at rank {one['rank']}: {percent(one['accuracy'], one['accuracy_ci95'])}; the best,"
         f" {best['modules']} at rank {best['rank']}: {percent(best['accuracy'], best['accuracy_ci95'])}."
-        f" Short trainings on {results['settings']['rows']:,} texts with {results['settings']['model']}."
+        f" Trained on {results['settings']['rows']:,} texts with {results['settings']['model']}."
     )
     shown = frame.assign(
         accuracy=[percent(row["accuracy"], row["accuracy_ci95"]) for row in results["summary"]],
@@ -191,7 +191,7 @@ def ranks(results: dict, file: str, folder: Path | None) -> str:
     figure = "ranks.png"
     if folder:
         drawn, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-        for style, (modules, group) in zip(("o-", "s--"), frame.groupby("modules", sort=False)):
+        for style, (modules, group) in zip(("o-", "s--", "^:"), frame.groupby("modules", sort=False)):
             ends = 100 * pd.DataFrame([*group["accuracy_ci95"]]).to_numpy().T
             errors = abs(ends - 100 * group["accuracy"].to_numpy())
             axis.errorbar(group["parameters"], 100 * group["accuracy"], errors, fmt=style, capsize=3, label=modules)
@@ -208,14 +208,15 @@ def scaling(results: dict, file: str, folder: Path | None) -> str:
     frame = pd.DataFrame(results["runs"]).groupby(["model", "method", "batch", "processes"], sort=False)
     frame = frame[["samples_per_second", "peak_mb"]].median().reset_index()
     keys = ["model", "method", "batch"]
-    alone = frame[frame["processes"] == 1].set_index(keys)["samples_per_second"]
-    frame["speed-up"] = [row["samples_per_second"] / alone[tuple(row[keys])] for _, row in frame.iterrows()]
-    several = frame[frame["processes"] > 1]
+    one = frame[frame["processes"] == 1].set_index(keys)["samples_per_second"].rename("texts/s of one")
+    several = frame[frame["processes"] > 1].join(one, on=keys)
+    several["speed-up"] = several["samples_per_second"] / several["texts/s of one"]
     lead = f"From {several['speed-up'].min():.2f} to {several['speed-up'].max():.2f} times the speed of one."
-    shown = frame.assign(peak_mb=frame["peak_mb"].map(number), **{"speed-up": frame["speed-up"].map("{:.2f}".format)})
-    shown["samples_per_second"] = shown["samples_per_second"].map(number)
-    names = {"batch": "texts per step", "samples_per_second": "texts/s", "peak_mb": "peak of one, MB"}
-    table = markdown(shown.rename(columns=names).set_index("model"))
+    names = {"batch": "texts per step", "samples_per_second": "texts/s of all", "peak_mb": "peak of each, MB"}
+    shown = several.rename(columns=names).set_index("model")
+    for column in ("texts/s of one", "texts/s of all", "peak of each, MB", "speed-up"):
+        shown[column] = [number(value, 2 if column == "speed-up" else 0) for value in shown[column]]
+    table = markdown(shown)
     return "\n\n".join(["## What do two GPUs bring?", lead, table, source(results, file)]) + "\n"
 
 

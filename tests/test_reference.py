@@ -28,11 +28,6 @@ ROWS = {  # of the README's table of efficiency
 }
 
 
-def saved_text() -> str:
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-
-
 @pytest.mark.parametrize("name", ["test", "test_merged"])
 def test_the_scores_are_those_of_the_confusion_matrix(name, notebook):
     scores = RESULTS[name]
@@ -83,7 +78,7 @@ def test_the_report_is_that_of_its_files(tmp_path):
 
 
 def test_the_notebook_s_figures_are_those_of_the_run():
-    text = saved_text()
+    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
     eager, captured, full = (METHODS[n] for n in ("QLoRA default", "QLoRA default, captured", "full fp16, captured"))
     speeds = [each["samples_per_second"] for each in (eager, captured, full, METHODS["LoRA fp16, captured"])]
     assert f"{speeds[1] / speeds[0]:.1f} times as fast, {speeds[0]:.0f} to {speeds[1]:,.0f} texts per second" in text
