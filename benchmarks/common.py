@@ -57,9 +57,9 @@ class Study:
     Raises SystemExit: the file was made with other settings, code or device; its runs would not be comparable.
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace, settings: dict):
-        self.path, self.runs = arguments.out / f"{name}.json", []
-        self.results = {"provenance": provenance(name), "settings": settings, "runs": self.runs}
+    def __init__(self, study: str, arguments: argparse.Namespace, settings: dict, file: str = ""):
+        self.path, self.runs = arguments.out / f"{file or study}.json", []
+        self.results = {"provenance": provenance(study), "settings": settings, "runs": self.runs}
         if arguments.fresh or not self.path.exists():
             return
         before = json.loads(self.path.read_text(encoding="utf-8"))

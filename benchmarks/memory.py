@@ -46,8 +46,9 @@ def largest_batch(method: tuple, folder: str, length: int, room_mb: float, growt
     while batch not in peaks and batch > 0:
         row = measure(method, folder, {"per_device_train_batch_size": batch} | SMALL, length, 2)
         peaks[batch] = row["peak_mb"]
-        batch += 8 if row["peak_mb"] <= room_mb else -8
-    return {"batch": max((size for size, peak in peaks.items() if peak <= room_mb), default=0), "peaks": peaks}
+        batch += 8 if (row["peak_mb"] or room_mb + 1) <= room_mb else -8  # None: it did not fit this GPU either
+    fits = [size for size, peak in peaks.items() if peak and peak <= room_mb]
+    return {"batch": max(fits, default=0), "peaks": peaks}
 
 
 def savings(rows: list[dict]) -> list[dict]:
@@ -66,8 +67,9 @@ def main() -> None:
     made.add_argument("--batches", type=int, nargs="*", default=[8, 16, 32, 64])
     made.add_argument("--caps", type=float, nargs="*", default=[4, 8, 16], help="memory of a GPU in GB")
     arguments = made.parse_args()
-    names = ("model", "length", "steps", "lengths", "batches", "caps", "tiny")
-    study = common.Study("memory", arguments, {name: getattr(arguments, name) for name in names})
+    names = ("length", "steps", "lengths", "batches", "caps", "tiny")
+    settings = {name: getattr(arguments, name) for name in names} | {"model": common.public(arguments.model)}
+    study = common.Study("memory", arguments, settings)
     folder, torch = common.model_folder(arguments.model, arguments.tiny), common.notebook().torch
     first = next(iter(METHODS.values()))
     measure(first, folder, PAIR, arguments.length, 1)  # the first model on a GPU is slow

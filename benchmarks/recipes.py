@@ -107,7 +107,9 @@ def answer(name: str, model, task, config, split) -> np.ndarray:
     """Return which texts of a split the model answers right, as bools."""
     if name.startswith("tfidf"):
         return model.predict(split["text"]) == np.array(split["label"])
-    logits = common.notebook().predict_logits(model, list(split["text"]), config, task.tokenizer)
+    nb, half = common.notebook(), RECIPES.get(name, SEARCH.get(name))[0] == "float16"
+    with nb.torch.autocast(model.device.type, nb.torch.float16, enabled=half):
+        logits = nb.predict_logits(model, list(split["text"]), config, task.tokenizer)
     return logits.argmax(-1) == np.array(split["label"])
 
 
@@ -222,10 +224,12 @@ def main() -> None:
     if arguments.final and arguments.recipes == ["search"]:
         made.error("a search is scored on validation only. Allowed with --final: " + "; ".join(RECIPES))
     settings = {"model": common.public(arguments.model), "dataset": common.public(arguments.dataset)}
-    study = common.Study("accuracy", arguments, settings | {"tiny": arguments.tiny})
+    study = common.Study("recipes", arguments, settings | {"tiny": arguments.tiny}, file="accuracy")
     folder = common.model_folder(arguments.model, arguments.tiny)
     chosen = [*SEARCH] if arguments.recipes == ["search"] else arguments.recipes
-    job, key = (score_final, {"job": "final"}) if arguments.final else (train, {"job": "train"})
+    job, key = train, {"job": "train"}
+    if arguments.final:
+        job, key = score_final, {"job": "final", "texts": common.public(arguments.final)}
     for name in chosen:
         for seed in arguments.seeds:
             study.add(key | {"recipe": name, "seed": seed}, lambda n=name, s=seed: job(n, s, folder, arguments))

@@ -46,7 +46,9 @@ def source(results: dict, file: str, figure: str = "") -> str:
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name in ("torch", "transformers"))
     image = f"![{figure}]({figure})\n\n" if figure else ""
     commit = (about["commit"] or "unknown")[:7]
-    return f"{image}Source: [{file}]({file}), by `{about['command']}`; {about['device']}, {versions}, commit {commit}."
+    note = f" {about['note']}" if "note" in about else ""
+    machine = f"{about['device']}, {versions}, commit {commit}.{note}"
+    return f"{image}Source: [{file}]({file}), by `{about['command']}`; {machine}"
 
 
 def save(figure: plt.Figure, path: Path) -> None:

@@ -45,12 +45,14 @@ def measure(name: str, folder: str, length: int, steps: int) -> dict:
     config, task = common.settle(model_name=folder, max_length=length, efficiency_steps=steps, **settings)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     start = time.perf_counter()
-    if changes and not nb.torch.cuda.is_available():
+    if "torch_compile" in changes and not nb.torch.cuda.is_available():
         return {"measured": False, "error": "compiling is measured on a GPU only"}
     try:
         row = nb.measure_method(base, adapters, config, task, common.random_texts(batch, length), **changes)
     except Exception as error:  # of the compiler: reported, like a figure
-        return {"measured": False, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.90}"}
+        if "torch_compile" not in changes:
+            raise
+        return {"measured": False, "error": f"{type(error).__name__}: {' '.join(str(error).split()):.90}"}
     finally:
         nb.torch._dynamo.reset()
     timed = steps * batch / row["samples_per_second"] if row["measured"] else None
@@ -142,7 +144,10 @@ def summarize(rows: list[dict]) -> list[dict]:
         same = [row for row in rows if row["method"] == name]
         speeds = [row["samples_per_second"] for row in same if row["measured"]]
         row = {name: value for name, value in same[0].items() if name != "round"}
-        merged.append(row | {"rounds": speeds, "samples_per_second": median(speeds) if speeds else None})
+        for figure in ("samples_per_second", "peak_mb", "startup_seconds"):
+            known = [row[figure] for row in same if row.get(figure) is not None]
+            row[figure] = median(known) if known else None
+        merged.append(row | {"rounds": speeds, "measured": bool(speeds)})
     return merged
 
 

@@ -18,9 +18,9 @@ RESULTS = json.loads((report.REFERENCE / "results.json").read_text(encoding="utf
 METHODS = {row["method"]: row for row in RESULTS["efficiency"]}
 SPEED = json.loads((report.REFERENCE / "speed.json").read_text(encoding="utf-8"))["models"]
 ROWS = {  # of the README's table of efficiency
-    "full fine-tuning, fp16, captured as CUDA graphs": "full fp16, captured, 32 x 1",
-    "the same, checkpointed": "full fp16, captured, 16 x 2, checkpointed",
-    "LoRA on an fp16 base, captured": "LoRA fp16, captured, 32 x 1",
+    "full fine-tuning, fp16, 32 x 1, captured as CUDA graphs": "full fp16, captured, 32 x 1",
+    "full fine-tuning, fp16, 16 x 2, captured, checkpointed": "full fp16, captured, 16 x 2, checkpointed",
+    "LoRA on an fp16 base, 32 x 1, captured": "LoRA fp16, captured, 32 x 1",
     "QLoRA, default, eager": "QLoRA default, eager",
     "QLoRA, default, captured": "QLoRA default, captured",
     "QLoRA, `fast`, captured": "QLoRA fast, captured",
