@@ -147,6 +147,11 @@ def settle(**settings) -> tuple:
     return config, nb.Task(tokenizer, ["negative", "positive"], head)
 
 
+def base_here(base: str) -> str:
+    """Return the dtype of a base on this device: without a GPU there is no fp16 autocast, and 16 bits become 32."""
+    return "float32" if base == "float16" and not notebook().torch.cuda.is_available() else base
+
+
 def random_texts(count: int, length: int):
     """Return `count` tokenized texts of `length` random tokens, half of them of each class."""
     nb = notebook()

@@ -107,8 +107,8 @@ def answer(name: str, model, task, config, split) -> np.ndarray:
     """Return which texts of a split the model answers right, as bools."""
     if name.startswith("tfidf"):
         return model.predict(split["text"]) == np.array(split["label"])
-    nb, half = common.notebook(), RECIPES.get(name, SEARCH.get(name))[0] == "float16"
-    with nb.torch.autocast(model.device.type, nb.torch.float16, enabled=half):
+    nb, base = common.notebook(), (RECIPES | SEARCH)[name][0]
+    with nb.torch.autocast(model.device.type, nb.torch.float16, enabled=common.base_here(base) == "float16"):
         logits = nb.predict_logits(model, list(split["text"]), config, task.tokenizer)
     return logits.argmax(-1) == np.array(split["label"])
 
@@ -125,7 +125,7 @@ def train(name: str, seed: int, folder: str, arguments) -> dict:
     else:
         tokens = {each: nb.tokenize(split, task.tokenizer, config) for each, split in splits.items()}
         nb.gc.collect(), torch.cuda.empty_cache()
-        model = nb.build_method(base, adapters, config, task)
+        model = nb.build_method(common.base_here(base), adapters, config, task)
         options = {"save_only_model": True, "disable_tqdm": True}
         trainer_arguments = nb.training_arguments(config, nb.Path(config.output_dir), **options)
         stopping = nb.EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
@@ -168,7 +168,8 @@ def score_final(name: str, seed: int, folder: str, arguments) -> dict:
     elif base == "4-bit":
         model = nb.load_adapter(place, config, task)
     elif adapters:
-        model = nb.PeftModel.from_pretrained(nb.load_classifier(config, task.names, dtype=nb.torch.float16)[0], place)
+        dtype = getattr(nb.torch, common.base_here(base))
+        model = nb.PeftModel.from_pretrained(nb.load_classifier(config, task.names, dtype=dtype)[0], place)
     else:
         model = nb.AutoModelForSequenceClassification.from_pretrained(place)
         model = model.to("cuda" if nb.torch.cuda.is_available() else "cpu")

@@ -48,7 +48,9 @@ def measure(name: str, folder: str, length: int, steps: int) -> dict:
     if "torch_compile" in changes and not nb.torch.cuda.is_available():
         return {"measured": False, "error": "compiling is measured on a GPU only"}
     try:
-        row = nb.measure_method(base, adapters, config, task, common.random_texts(batch, length), **changes)
+        row = nb.measure_method(
+            common.base_here(base), adapters, config, task, common.random_texts(batch, length), **changes
+        )
     except Exception as error:  # of the compiler: reported, like a figure
         if "torch_compile" not in changes:
             raise
