@@ -37,14 +37,14 @@ def test_a_text_is_cut_from_its_middle(notebook, length, max_length, tail_share)
 def test_without_a_tail_texts_are_cut_as_transformers_cuts_them_and_keep_their_labels(notebook, tiny_config, task):
     texts = ["", "short", "word " * 5000, "好 x" * 40, "[SEP] <b>"]
     whole = task.tokenizer(texts, truncation=True, max_length=32)
-    assert notebook.encode(texts, task.tokenizer, tiny_config) == dict(whole)
-    tailed = notebook.encode(texts, task.tokenizer, tiny_config.model_copy(update={"tail_share": 0.5}))
     uncut = task.tokenizer(texts, verbose=False)["input_ids"]
+    assert notebook.encode(texts, task.tokenizer, tiny_config) == (dict(whole), [*map(len, uncut)])
+    tailed, _ = notebook.encode(texts, task.tokenizer, tiny_config.model_copy(update={"tail_share": 0.5}))
     assert tailed["input_ids"][3] == uncut[3][:16] + uncut[3][-16:]
     assert all(0 < len(row) <= 32 for rows in tailed.values() for row in rows)
     split = Dataset.from_dict({"text": texts, "label": [3, 1, 4, 1, 5]})
     tokens = notebook.tokenize(split, task.tokenizer, tiny_config)
-    assert tokens[:] == dict(whole) | {"label": [3, 1, 4, 1, 5]}  # and no text
+    assert tokens[:] == dict(whole) | {"label": [3, 1, 4, 1, 5], "length": [*map(len, uncut)]}  # and no text
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -56,7 +56,7 @@ def prepare(tmp_path, offline_model):
         settings = {"preset": "full", "model_name": str(tmp_path / "model"), "max_length": 32, "warmup_ratio": 0}
         settings |= {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "output_dir": str(tmp_path)} | changes
         tokenizer, head, _, config = nb.check_model(nb.resolve_config(settings, {}, cuda)[0])
-        rows = nb.Dataset.from_dict(nb.encode(texts, tokenizer, config) | {"label": [0, 1] * (len(texts) // 2)})
+        rows = nb.Dataset.from_dict(nb.encode(texts, tokenizer, config)[0] | {"label": [0, 1] * (len(texts) // 2)})
         return config, nb.Task(tokenizer, ["bad", "good"], head), rows
 
     return run
