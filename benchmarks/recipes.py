@@ -13,33 +13,35 @@ import time
 import numpy as np
 
 from benchmarks import common
-from benchmarks.speed import FULL
+from benchmarks.speed import FULL, WHOLE
 
-FULL_BEST = FULL | {"learning_rate": 3e-5, "tail_share": 0.5}
-SPARING = {"preset": "recommended,fast"}
+FULL_BEST = FULL | WHOLE | {"learning_rate": 3e-5, "tail_share": 0.5}
+FAST, BOTH = {"preset": "fast"}, {"preset": "recommended,fast"}
 RECIPES = {  # base, adapters, settings
     "default": ("4-bit", True, {}),
     "recommended": ("4-bit", True, {"preset": "recommended"}),
     "full_finetuning": ("float32", False, FULL_BEST),
     "tfidf_logreg": None,
     "tfidf_nb_svm": None,
-    "default, learning rate 5e-4": ("4-bit", True, {"learning_rate": 5e-4}),
-    "default, learning rate 5e-4, tail 0.5": ("4-bit", True, {"learning_rate": 5e-4, "tail_share": 0.5}),
     "default, eager": ("4-bit", True, {"cuda_graphs": False}),
-    "fast": ("4-bit", True, {"preset": "fast"}),
     "lean": ("4-bit", True, {"preset": "lean"}),
-    "recommended, fast": ("4-bit", True, SPARING),
-    "recommended, fast, 16-bit base": ("float16", True, SPARING),
-    "recommended, fast, dropout 0": ("4-bit", True, SPARING | {"lora_dropout": 0.0}),
-    "recommended, fast, rank 4": ("4-bit", True, SPARING | {"lora_r": 4, "lora_alpha": 8}),
-    "recommended, fast, 5 epochs": ("4-bit", True, SPARING | {"num_train_epochs": 5.0}),
-    "recommended, fast, 512 tokens": ("4-bit", True, SPARING | {"max_length": 512}),
+    "fast": ("4-bit", True, FAST),  # from here on one change at a time to `recommended`
+    "fast, rate 5e-4": ("4-bit", True, FAST | {"learning_rate": 5e-4}),
+    "fast, rate 5e-4, tail 0.5": ("4-bit", True, FAST | {"learning_rate": 5e-4, "tail_share": 0.5}),
+    "recommended, fast": ("4-bit", True, BOTH),  # and from here on one change to it
+    "recommended, fast, paged 8-bit AdamW": ("4-bit", True, BOTH | {"optim": "paged_adamw_8bit"}),
+    "recommended, fast, 16-bit base": ("float16", True, BOTH),
+    "recommended, fast, dropout 0": ("4-bit", True, BOTH | {"lora_dropout": 0.0}),
+    "recommended, fast, rank 4": ("4-bit", True, BOTH | {"lora_r": 4, "lora_alpha": 8}),
+    "recommended, fast, 5 epochs": ("4-bit", True, BOTH | {"num_train_epochs": 5.0}),
+    "recommended, fast, 512 tokens": ("4-bit", True, BOTH | {"max_length": 512}),
 }
+MERGED = ("default", "recommended", "lean", "fast")  # scored merged, too, on the final texts
 SEARCH = {
     f"search full {rate:g}": ("float32", False, FULL_BEST | {"learning_rate": rate}) for rate in (2e-5, 3e-5, 5e-5)
 }
 SEARCH |= {
-    f"search recommended {rate:g}": ("4-bit", True, SPARING | {"learning_rate": rate}) for rate in (2e-4, 5e-4, 1e-3)
+    f"search recommended {rate:g}": ("4-bit", True, BOTH | {"learning_rate": rate}) for rate in (2e-4, 5e-4, 1e-3)
 }
 
 
@@ -175,7 +177,7 @@ def score_final(name: str, seed: int, folder: str, arguments) -> dict:
         model = model.to("cuda" if nb.torch.cuda.is_available() else "cpu")
     right = answer(name, model, task, config, split)
     row = {"final": float(right.mean()), "final_right": common.pack(right)}
-    if base == "4-bit":
+    if name in MERGED:
         merged = nb.merge_adapter(place, config, task)
         row["merged_agrees"] = float(np.mean(answer(name, merged, task, config, split) == right))  # two classes
     return row

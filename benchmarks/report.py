@@ -222,6 +222,19 @@ def scaling(results: dict, file: str, folder: Path | None) -> str:
     return "\n\n".join(["## What do two GPUs bring?", lead, table, source(results, file)]) + "\n"
 
 
+def lengths(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on padding."""
+    frame = pd.DataFrame(results["runs"]).set_index(["texts", "preset"]).rename(columns={"step": "padded to"})
+    frame["padding"] = [percent(value) for value in frame["padding"]]
+    names = {"samples_per_second": "texts/s", "peak_mb": "peak, MB", "graphs_mb": "graphs, MB"}
+    for column in names:
+        frame[column] = [number(value) for value in frame[column].astype(float)]
+    frame = frame.drop(columns="captured").rename(columns=names)
+    frame.index = frame.index.map(", ".join).rename("texts, preset")
+    lead = f"An epoch of {results['settings']['rows']:,} texts; captures are part of the time."
+    return "\n\n".join(["## To which step is a batch padded?", lead, markdown(frame), source(results, file)]) + "\n"
+
+
 def overview(read: Path, folder: Path) -> None:
     """Draw the first figure of the README: memory and speed of one model on one machine, and its accuracy where it was
     measured."""
@@ -258,7 +271,7 @@ def overview(read: Path, folder: Path) -> None:
 
 
 SECTIONS = {"accuracy.json": accuracy, "accuracy-small.json": accuracy, "speed.json": speed}
-SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "scaling.json": scaling}
+SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "lengths.json": lengths, "scaling.json": scaling}
 
 
 def write(read: Path, text: Path, folder: Path | None) -> None:

@@ -18,6 +18,7 @@ STUDIES = {
     "memory": "--length 16 --lengths --batches 2 --caps --steps 1",
     "ranks": "--ranks 4 --seeds 1 2 --rows 32",
     "recipes": "--recipes fast tfidf_nb_svm --seeds 1",
+    "lengths": "--rows 64 --steps 8 64",
     "scaling": "--processes 1 --batches 32 --length 16 --steps 1 --rounds 1",
 }
 FILES = {"recipes": "accuracy"}
