@@ -200,6 +200,7 @@ def summarize(runs: list[dict]) -> list[dict]:
         for part in ("test", "final"):
             own = {seed: each for (of, recipe, seed), each in right.items() if (of, recipe) == (part, name)}
             shared = {"shared": part == "final"}
+            row |= {"final_seeds": [*own]} if part == "final" else {}
             row[part], row[f"{part}_ci95"] = mean_and_interval([*own.values()], **shared) if own else (None, None)
             for other in ("default", "full_finetuning", "tfidf_nb_svm"):
                 pairs = [(own[seed], right[part, other, seed]) for seed in own if (part, other, seed) in right]

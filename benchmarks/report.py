@@ -56,40 +56,52 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def gap(pair: list | None) -> str:
+    """Return a difference in points as in "+1.3 [+0.7, +1.9]"."""
+    return f"{pair[0]:+.1f} [{pair[1][0]:+.1f}, {pair[1][1]:+.1f}]" if pair else ""
+
+
 def accuracy(results: dict, file: str, folder: Path | None) -> str:
     """Return the section on accuracy over seeds."""
     rows = {row["name"]: row for row in results["rows"]}
-    best, full = rows.get("recommended"), rows.get("full_finetuning")
-    lead = ""
-    if best and full:
-        lead = f"The recommended recipe reaches {percent(best['test'], best['test_ci95'])} on test, full fine-tuning "
-        lead += f"{percent(full['test'], full['test_ci95'])}, the default recipe {percent(rows['default']['test'])}."
+    names = {"recommended": "recommended", "full fine-tuning": "full_finetuning", "default": "default"}
+    names |= {"TF-IDF": "tfidf_nb_svm"}
+    final = {name: rows[row] for name, row in names.items() if rows.get(row, {}).get("final")}
+    lead = ", ".join(f"{name} {percent(row['final'], row['final_ci95'])}" for name, row in final.items())
+    if final:
+        best = final["recommended"]
+        pairs = f"{gap(best['final_over_full_finetuning'])} points from full fine-tuning, "
+        pairs += f"{gap(best['final_over_tfidf_nb_svm'])} from TF-IDF"
+        lead = f"On further reviews, read once after all choices: {lead}. The recommended recipe is {pairs}."
     table = pd.DataFrame(
         {
             "recipe": row["name"],
             "seeds": len(row["seeds"]),
             "validation": percent(row["validation"]),
             "test": percent(row["test"], row["test_ci95"]),
-            "final test": percent(row.get("final"), row.get("final_ci95")),
+            "over default, points": gap(row.get("test_over_default")),
+            "further reviews": percent(row.get("final"), row.get("final_ci95")),
             "seconds": number(row.get("seconds")),
             "peak, MB": number(row.get("peak_mb")),
         }
         for row in results["rows"]
     )
+    table = table.loc[:, (table != "").any()].set_index("recipe")
     figure = f"{Path(file).stem}.png"
     if folder:
-        drawn, axis = plt.subplots(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
-        for place, row in enumerate(reversed(results["rows"])):
+        shown = [row for row in reversed(results["rows"]) if row["test"]]
+        drawn, axis = plt.subplots(figsize=(9, 0.8 + 0.3 * len(shown)), layout="constrained")
+        for place, row in enumerate(shown):
             value, (low, high) = 100 * row["test"], 100 * pd.Series(row["test_ci95"])
             name = {"tfidf": "TF-IDF", "full_": "full"}.get(row["name"][:5], "QLoRA")
             axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=color(name), capsize=3)
-        axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(results["rows"])])
+        axis.set_yticks(range(len(shown)), [row["name"] for row in shown])
         axis.set(xlabel="test accuracy, %, with 95% intervals", title=f"Accuracy of {results['settings']['model']}")
         save(drawn, folder / figure)
     model, data = results["settings"]["model"], results["settings"]["dataset"]
     heading = f"## How accurate are the recipes with {model}?\n\n{lead} Texts: {data}."
     notes = f" {results['note']}" if "note" in results else ""
-    return f"{heading}{notes}\n\n{markdown(table.set_index('recipe'))}\n\n{source(results, file, figure)}\n"
+    return f"{heading}{notes}\n\n{markdown(table)}\n\n{source(results, file, figure)}\n"
 
 
 def speed(results: dict, file: str, folder: Path | None) -> str:
@@ -235,38 +247,26 @@ def lengths(results: dict, file: str, folder: Path | None) -> str:
     return "\n\n".join(["## To which step is a batch padded?", lead, markdown(frame), source(results, file)]) + "\n"
 
 
-def overview(read: Path, folder: Path) -> None:
-    """Draw the first figure of the README: memory and speed of one model on one machine, and its accuracy where it was
-    measured."""
-    results = json.loads((read / "speed.json").read_text(encoding="utf-8"))
-    model = [*results["models"]][-1]
-    found = {row["method"]: row for row in results["models"][model]["methods"]}
-    shown = {
-        "full fine-tuning, fp16": ("full fp16, captured, 32 x 1", "full_finetuning"),
-        "full, checkpointed": ("full fp16, captured, 16 x 2, checkpointed", ""),
-        "QLoRA default": ("QLoRA default, captured", "default"),
-        "QLoRA fast": ("QLoRA fast, captured", "fast"),
-        "QLoRA lean": ("QLoRA lean, captured", "lean"),
-    }
-    panels = {"peak_mb": "peak, MB", "samples_per_second": "training, texts/s"}
-    rows = {name: dict(found[method]) for name, (method, _) in shown.items() if method in found}
-    scores = {}
-    if (read / "accuracy.json").exists():
-        accuracy = json.loads((read / "accuracy.json").read_text(encoding="utf-8"))
-        scores = {row["name"]: row for row in accuracy["rows"]} if accuracy["settings"]["model"] == model else {}
-    if scores:
-        panels = {"accuracy": "test accuracy, %"} | panels
-        for name, (_, recipe) in shown.items():
-            rows[name]["accuracy"] = 100 * scores[recipe]["test"] if recipe in scores else None
-    table = pd.DataFrame(rows).T.iloc[::-1]
-    drawn, axes = plt.subplots(1, len(panels), figsize=(9, 2.6), sharey=True, layout="constrained")
+def overview(results: dict, folder: Path) -> None:
+    """Draw the first figure of the README: accuracy, memory and seconds of whole trainings of one model."""
+    shown = {"TF-IDF": "tfidf_nb_svm", "full fine-tuning": "full_finetuning", "QLoRA default": "default"}
+    shown |= {f"QLoRA {name}": name for name in ("lean", "fast", "recommended", "recommended, fast")}
+    found = {row["name"]: row for row in results["rows"]}
+    rows = [(name, found[row]) for name, row in shown.items() if row in found][::-1]
+    panels = {"test": "test accuracy, %", "peak_mb": "peak memory, MB", "seconds": "training, seconds"}
+    drawn, axes = plt.subplots(1, 3, figsize=(9, 0.6 + 0.32 * len(rows)), sharey=True, layout="constrained")
     for axis, (column, title) in zip(axes, panels.items()):
-        values = table[column].astype(float)
-        bars = axis.barh(table.index, values, color=[*map(color, table.index)])
-        axis.bar_label(bars, fmt="{:,.1f}" if column == "accuracy" else "{:,.0f}", padding=3, fontsize=9)
-        axis.set(title=title, xlim=(0, 1.25 * values.max()), xticks=[])
-        axis.grid(False)
-    drawn.suptitle(f"{model}, captured steps of 32 texts of {results['settings']['length']} tokens", fontsize=10)
+        for place, (name, row) in enumerate(rows):
+            if column == "test":
+                value, (low, high) = 100 * row["test"], 100 * pd.Series(row["test_ci95"])
+                axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=color(name), capsize=3)
+                axis.text(high + 0.2, place, f"{value:.1f}", va="center", fontsize=9)
+            elif row[column]:
+                axis.bar_label(axis.barh(place, row[column], color=color(name)), fmt="{:,.0f}", padding=3, fontsize=9)
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+        bars = {"xlim": (0, 1.3 * max(row[column] or 0 for _, row in rows)), "xticks": []}
+        axis.set(title=title, **({"xmargin": 0.25} if column == "test" else bars))
+        axis.grid(False, axis="y")
     save(drawn, folder / "overview.png")
 
 
@@ -283,8 +283,8 @@ def write(read: Path, text: Path, folder: Path | None) -> None:
             results = json.loads((read / file).read_text(encoding="utf-8"))
             parts.append(section(results, file, folder))
     text.write_text("\n".join(parts), encoding="utf-8")
-    if folder and (read / "speed.json").exists():
-        overview(read, folder)
+    if folder and (read / "accuracy.json").exists():
+        overview(json.loads((read / "accuracy.json").read_text(encoding="utf-8")), folder)
 
 
 def main() -> None:
