@@ -54,11 +54,8 @@ def test_a_file_of_other_settings_is_not_added_to(tmp_path, monkeypatch):
 
 def test_ratios_compare_medians():
     speeds = {"QLoRA fast, captured": 300.0, "full fp16, captured, 32 x 1": 200.0}
-    rows = [
-        {"method": name, "round": turn, "measured": True, "samples_per_second": value + turn, "peak_mb": value}
-        for name, value in speeds.items()
-        for turn in (0, 1, 2)
-    ]
+    kinds = [(name, turn, value) for name, value in speeds.items() for turn in range(3)]
+    rows = [dict(method=n, round=t, measured=True, samples_per_second=v + t, peak_mb=v) for n, t, v in kinds]
     found = speed.ratios(speed.summarize(rows), {"arithmetic_samples_per_second": 602.0})
     assert found["fast_over_full_captured"] == 301 / 201 and found["fast_share_of_floor"] == 0.5
     assert found["fast_peak_over_full_captured"] == 1.5 and found["default_captured_over_eager"] is None

