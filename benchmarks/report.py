@@ -195,7 +195,7 @@ def ranks(results: dict, file: str, folder: Path | None) -> str:
     lead = (
         f"{one['modules']} at rank {one['rank']}: {percent(one['accuracy'], one['accuracy_ci95'])}; the best,"
         f" {best['modules']} at rank {best['rank']}: {percent(best['accuracy'], best['accuracy_ci95'])}."
-        f" Trained on {results['settings']['rows']:,} texts with {results['settings']['model']}."
+        f" Validation accuracy, trained on {results['settings']['rows']:,} texts with {results['settings']['model']}."
     )
     shown = frame.assign(
         accuracy=[percent(row["accuracy"], row["accuracy_ci95"]) for row in results["summary"]],
