@@ -175,7 +175,7 @@ def markdown(frame) -> str:
     """Return a table as Markdown, its index as the first column."""
     table = frame.reset_index().astype(str)
     lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join(f"|{'|'.join(map(str, line))}|" for line in lines)
 
 
 def pack(right) -> dict:

@@ -153,18 +153,37 @@ def kept(arguments, name: str, seed: int):
     return arguments.out / "models" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
 
 
+@functools.lru_cache(1)
+def final_texts(dataset: str, final: str, tiny: bool) -> dict:
+    """Return the texts of `--final` and the numbers of their labels."""
+    nb, splits = common.notebook(), data(dataset, 1, tiny)
+    if tiny:
+        return splits["test"][:]
+    rows, _ = nb.clean(nb.pick_columns(nb.read_tables(final)))
+    names = splits["train"].features["label"].names
+    return {"text": list(rows["text"]), "label": [names.index(label) for label in rows["label"]]}
+
+
+def by_length(runs: list[dict], lengths, edges: tuple = (128, 256, 512)) -> list[dict]:
+    """Return for each range of tokens (`lengths`, one a final text) how many texts it has, and the share that each
+    recipe answers right, on average over its seeds."""
+    rows, scored = [], [run for run in runs if "final_right" in run]
+    for start, end in zip((0, *edges), (*edges, None)):
+        inside = (np.array(lengths) > start) & (np.array(lengths) <= (end or np.inf))
+        row = {"tokens": f"{start + 1} to {end}" if end else f"more than {start}", "texts": int(inside.sum())}
+        for name in dict.fromkeys(run["recipe"] for run in scored if inside.any()):
+            right = [common.unpack(run["final_right"])[inside].mean() for run in scored if run["recipe"] == name]
+            row[name] = float(np.mean(right))
+        rows.append(row)
+    return rows
+
+
 def score_final(name: str, seed: int, folder: str, arguments) -> dict:
     """Score a trained recipe on the texts of `--final`; adapters also merged: how often do the answers agree?"""
     nb, recipe = common.notebook(), RECIPES[name]
     base, adapters, settings = recipe or ("", False, {})
     config, task = common.settle(model_name=folder, seed=seed, **settings)
-    if arguments.tiny:
-        split = data(arguments.dataset, seed, True)["test"]
-    else:
-        split, _ = nb.clean(nb.pick_columns(nb.read_tables(arguments.final)))
-        names = data(arguments.dataset, seed, False)["train"].features["label"].names
-        split = {"text": list(split["text"]), "label": [names.index(label) for label in split["label"]]}
-    place = kept(arguments, name, seed)
+    split, place = final_texts(arguments.dataset, arguments.final, arguments.tiny), kept(arguments, name, seed)
     if recipe is None:
         model = fit_baseline(name, data(arguments.dataset, seed, arguments.tiny)["train"], seed)
     elif base == "4-bit":
@@ -238,6 +257,11 @@ def main() -> None:
         for seed in arguments.seeds:
             study.add(key | {"recipe": name, "seed": seed}, lambda n=name, s=seed: job(n, s, folder, arguments))
             study.write(rows=summarize(study.runs))
+    if arguments.final:
+        _, task = common.settle(model_name=folder)
+        texts = final_texts(arguments.dataset, arguments.final, arguments.tiny)["text"]
+        _, lengths = common.notebook().encode(texts, task.tokenizer, common.notebook().Config())
+        study.write(by_length=by_length(study.runs, lengths))
 
 
 if __name__ == "__main__":

@@ -69,10 +69,9 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
     final = {name: rows[row] for name, row in names.items() if rows.get(row, {}).get("final")}
     lead = ", ".join(f"{name} {percent(row['final'], row['final_ci95'])}" for name, row in final.items())
     if final:
-        best = final["recommended"]
-        pairs = f"{gap(best['final_over_full_finetuning'])} points from full fine-tuning, "
-        pairs += f"{gap(best['final_over_tfidf_nb_svm'])} from TF-IDF"
-        lead = f"On further reviews, read once after all choices: {lead}. The recommended recipe is {pairs}."
+        gaps = [gap(final["recommended"][f"final_over_{other}"]) for other in ("full_finetuning", "tfidf_nb_svm")]
+        lead = f"On further reviews, read once after all choices: {lead}. The recommended recipe is {gaps[0]} points"
+        lead += f" from full fine-tuning, {gaps[1]} from TF-IDF."
     table = pd.DataFrame(
         {
             "recipe": row["name"],
@@ -86,7 +85,10 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
         }
         for row in results["rows"]
     )
-    table = table.loc[:, (table != "").any()].set_index("recipe")
+    table = markdown(table.loc[:, (table != "").any()].set_index("recipe"))
+    if "by_length" in results:
+        lengths = pd.DataFrame(results["by_length"]).set_index(["tokens", "texts"]).map(percent)
+        table += "\n\nThe further reviews by their length:\n\n" + markdown(lengths.reset_index("texts"))
     figure = f"{Path(file).stem}.png"
     if folder:
         shown = [row for row in reversed(results["rows"]) if row["test"]]
@@ -99,9 +101,8 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
         axis.set(xlabel="test accuracy, %, with 95% intervals", title=f"Accuracy of {results['settings']['model']}")
         save(drawn, folder / figure)
     model, data = results["settings"]["model"], results["settings"]["dataset"]
-    heading = f"## How accurate are the recipes with {model}?\n\n{lead} Texts: {data}."
-    notes = f" {results['note']}" if "note" in results else ""
-    return f"{heading}{notes}\n\n{markdown(table)}\n\n{source(results, file, figure)}\n"
+    heading = f"## How accurate are the recipes with {model}?\n\n{lead} Texts: {data}. {results.get('note', '')}"
+    return f"{heading.rstrip()}\n\n{table}\n\n{source(results, file, figure)}\n"
 
 
 def speed(results: dict, file: str, folder: Path | None) -> str:

@@ -21,7 +21,6 @@ STUDIES = {
     "lengths": "--rows 64 --steps 8 64",
     "scaling": "--processes 1 --batches 32 --length 16 --steps 1 --rounds 1",
 }
-FILES = {"recipes": "accuracy"}
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -29,7 +28,7 @@ def test_a_study_writes_its_file(study, notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "notebook", lambda: notebook)  # imported once
     monkeypatch.setattr(sys, "argv", [study, "--tiny", "--out", str(tmp_path), *STUDIES[study].split()])
     importlib.import_module(f"benchmarks.{study}").main()
-    text = (tmp_path / f"{FILES.get(study, study)}.json").read_text()
+    text = (tmp_path / f"{'accuracy' if study == 'recipes' else study}.json").read_text()
     results = json.loads(text)
     assert results["runs"] and {"device", "versions", "commit", "command"} <= results["provenance"].keys()
     assert str(tmp_path) not in text and "/tmp" not in text
