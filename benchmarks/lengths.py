@@ -3,7 +3,7 @@
     python -m benchmarks.lengths --model base --sentences reviews.csv --reviews imdb20k
 
 Each is an epoch of training: `default` draws its batches at random, `fast` from texts of like length. The notebook pads
-to a multiple of 64, because each shape of batch is captured once and holds memory.
+to a multiple of 64: each shape of batch is captured once, which takes time. Each row is one run.
 """
 
 import gc
@@ -22,6 +22,7 @@ def measure(train, length: int, preset: str, step: int, folder: str) -> dict:
     """
     nb = common.notebook()
     config, task = common.settle(model_name=folder, max_length=length, preset=preset, num_train_epochs=1)
+    held = common.clear_gpu()
     texts = nb.tokenize(train, task.tokenizer, config)
     training = nb.training_arguments(config, nb.Path(config.output_dir), **nb.QUIET)
     trainer = nb.make_trainer(nb.build_qlora(config, task), config, training, task.tokenizer, texts)
@@ -30,17 +31,16 @@ def measure(train, length: int, preset: str, step: int, folder: str) -> dict:
     filled, size = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
     row = {"padding": 1 - filled / size, "shapes": len({mask.shape for mask in masks})}
     cuda = nb.torch.cuda if nb.torch.cuda.is_available() else None
-    cuda and cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     trainer.train()
     row["samples_per_second"] = len(texts) / (time.perf_counter() - start)
-    row["captured"], held = trainer.steps["captured"] / trainer.steps["all"], []
-    row["peak_mb"] = cuda and cuda.max_memory_allocated() / 1e6
+    row["captured"], reserved = trainer.steps["captured"] / trainer.steps["all"], []
+    row["peak_mb"] = cuda and (cuda.max_memory_allocated() - held) / 1e6
     for _ in range(2):  # with the graphs, and without
         gc.collect(), cuda and cuda.empty_cache()
-        held.append(cuda.memory_reserved() / 1e6 if cuda else 0)
+        reserved.append(cuda.memory_reserved() / 1e6 if cuda else 0)
         trainer.graphs.clear()
-    return row | {"graphs_mb": cuda and held[0] - held[1]}
+    return row | {"graphs_mb": cuda and reserved[0] - reserved[1]}
 
 
 def main() -> None:

@@ -126,17 +126,16 @@ def train(name: str, seed: int, folder: str, arguments) -> dict:
         model = fit_baseline(name, splits["train"], seed)
     else:
         tokens = {each: nb.tokenize(split, task.tokenizer, config) for each, split in splits.items()}
-        nb.gc.collect(), torch.cuda.empty_cache()
+        held = common.clear_gpu()
         model = nb.build_method(common.base_here(base), adapters, config, task)
         options = {"save_only_model": True, "disable_tqdm": True}
         trainer_arguments = nb.training_arguments(config, nb.Path(config.output_dir), **options)
         stopping = nb.EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
         also = {"eval_dataset": tokens["validation"], "callbacks": [stopping]}
         trainer = nb.make_trainer(model, config, trainer_arguments, task.tokenizer, tokens["train"], **also)
-        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
         start = time.perf_counter()
         trainer.train()
-        row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6 if torch.cuda.is_available() else None
         row["captured"] = trainer.steps["captured"] / trainer.steps["all"]
         trainer.graphs.clear()
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -189,8 +188,10 @@ def score_final(name: str, seed: int, folder: str, arguments) -> dict:
     elif base == "4-bit":
         model = nb.load_adapter(place, config, task)
     elif adapters:
-        dtype = getattr(nb.torch, common.base_here(base))
-        model = nb.PeftModel.from_pretrained(nb.load_classifier(config, task.names, dtype=dtype)[0], place)
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        model = nb.build_method(common.base_here(base), adapters, config, task)
+        set_peft_model_state_dict(model, load_peft_weights(place))
     else:
         model = nb.AutoModelForSequenceClassification.from_pretrained(place)
         model = model.to("cuda" if nb.torch.cuda.is_available() else "cpu")

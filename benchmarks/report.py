@@ -68,7 +68,7 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
     names |= {"TF-IDF": "tfidf_nb_svm"}
     final = {name: rows[row] for name, row in names.items() if rows.get(row, {}).get("final")}
     lead = ", ".join(f"{name} {percent(row['final'], row['final_ci95'])}" for name, row in final.items())
-    if final:
+    if {"recommended", "full fine-tuning", "TF-IDF"} <= final.keys():
         gaps = [gap(final["recommended"][f"final_over_{other}"]) for other in ("full_finetuning", "tfidf_nb_svm")]
         lead = f"On further reviews, read once after all choices: {lead}. The recommended recipe is {gaps[0]} points"
         lead += f" from full fine-tuning, {gaps[1]} from TF-IDF."
@@ -242,17 +242,18 @@ def lengths(results: dict, file: str, folder: Path | None) -> str:
     names = {"samples_per_second": "texts/s", "peak_mb": "peak, MB", "graphs_mb": "graphs, MB"}
     for column in names:
         frame[column] = [number(value) for value in frame[column].astype(float)]
-    frame = frame.drop(columns="captured").rename(columns=names)
+    frame = frame.drop(columns="captured").rename(columns=names).loc[:, lambda each: (each != "").any()]
     frame.index = frame.index.map(", ".join).rename("texts, preset")
     lead = f"An epoch of {results['settings']['rows']:,} texts; captures are part of the time."
     return "\n\n".join(["## To which step is a batch padded?", lead, markdown(frame), source(results, file)]) + "\n"
 
 
-def overview(results: dict, folder: Path) -> None:
-    """Draw the first figure of the README: accuracy, memory and seconds of whole trainings of one model."""
+def overview(results: dict, saved: dict, folder: Path) -> None:
+    """Draw README's first figure: accuracy, memory (the default's: of the saved run) and seconds of trainings."""
     shown = {"TF-IDF": "tfidf_nb_svm", "full fine-tuning": "full_finetuning", "QLoRA default": "default"}
-    shown |= {f"QLoRA {name}": name for name in ("lean", "fast", "recommended", "recommended, fast")}
+    shown |= {f"QLoRA {name}": name for name in ("recommended", "recommended, fast")}
     found = {row["name"]: row for row in results["rows"]}
+    found["default"]["peak_mb"] = saved["training"]["peak_mb"]
     rows = [(name, found[row]) for name, row in shown.items() if row in found][::-1]
     panels = {"test": "test accuracy, %", "peak_mb": "peak memory, MB", "seconds": "training, seconds"}
     drawn, axes = plt.subplots(1, 3, figsize=(9, 0.6 + 0.32 * len(rows)), sharey=True, layout="constrained")
@@ -278,14 +279,12 @@ SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "lengths.json": lengths
 def write(read: Path, text: Path, folder: Path | None) -> None:
     """Write the report of the JSON files in `read` to `text`, and its figures to `folder` (None: none)."""
     sns.set_theme(style="whitegrid", palette="colorblind")
-    parts = [INTRO]
-    for file, section in SECTIONS.items():
-        if (read / file).exists():
-            results = json.loads((read / file).read_text(encoding="utf-8"))
-            parts.append(section(results, file, folder))
+    parts, files = [INTRO], {file.name: json.loads(file.read_text(encoding="utf-8")) for file in read.glob("*.json")}
+    for file in filter(files.get, SECTIONS):
+        parts.append(SECTIONS[file](files[file], file, folder))
     text.write_text("\n".join(parts), encoding="utf-8")
-    if folder and (read / "accuracy.json").exists():
-        overview(json.loads((read / "accuracy.json").read_text(encoding="utf-8")), folder)
+    if folder and "accuracy.json" in files:
+        overview(files["accuracy.json"], files["results.json"], folder)
 
 
 def main() -> None:
