@@ -252,8 +252,8 @@ def overview(results: dict, saved: dict, folder: Path) -> None:
     """Draw README's first figure: accuracy, memory (the default's: of the saved run) and seconds of trainings."""
     shown = {"TF-IDF": "tfidf_nb_svm", "full fine-tuning": "full_finetuning", "QLoRA default": "default"}
     shown |= {f"QLoRA {name}": name for name in ("recommended", "recommended, fast")}
-    found = {row["name"]: row for row in results["rows"]}
-    found["default"]["peak_mb"] = saved["training"]["peak_mb"]
+    found = {row["name"]: row for row in results["rows"] if row["test"]}
+    found.get("default", {})["peak_mb"] = saved["training"]["peak_mb"]
     rows = [(name, found[row]) for name, row in shown.items() if row in found][::-1]
     panels = {"test": "test accuracy, %", "peak_mb": "peak memory, MB", "seconds": "training, seconds"}
     drawn, axes = plt.subplots(1, 3, figsize=(9, 0.6 + 0.32 * len(rows)), sharey=True, layout="constrained")
@@ -266,7 +266,7 @@ def overview(results: dict, saved: dict, folder: Path) -> None:
             elif row[column]:
                 axis.bar_label(axis.barh(place, row[column], color=color(name)), fmt="{:,.0f}", padding=3, fontsize=9)
         axis.set_yticks(range(len(rows)), [name for name, _ in rows])
-        bars = {"xlim": (0, 1.3 * max(row[column] or 0 for _, row in rows)), "xticks": []}
+        bars = {"xlim": (0, 1.3 * max([row[column] or 1 for _, row in rows], default=1)), "xticks": []}
         axis.set(title=title, **({"xmargin": 0.25} if column == "test" else bars))
         axis.grid(False, axis="y")
     save(drawn, folder / "overview.png")
@@ -283,7 +283,7 @@ def write(read: Path, text: Path, folder: Path | None) -> None:
     for file in filter(files.get, SECTIONS):
         parts.append(SECTIONS[file](files[file], file, folder))
     text.write_text("\n".join(parts), encoding="utf-8")
-    if folder and "accuracy.json" in files:
+    if folder and {"accuracy.json", "results.json"} <= files.keys():
         overview(files["accuracy.json"], files["results.json"], folder)
 
 
