@@ -147,15 +147,6 @@ def settle(**settings) -> tuple:
     return config, nb.Task(tokenizer, ["negative", "positive"], head)
 
 
-def clear_gpu() -> float:
-    """Free what earlier trainings left on the GPU, and return the bytes that are still held: no part of a peak."""
-    nb = notebook()
-    nb.bnb.optim.GlobalOptimManager.get_instance().initialize()  # it keeps embeddings
-    nb.gc.collect(), nb.torch.cuda.empty_cache()
-    nb.torch.cuda.reset_peak_memory_stats() if nb.torch.cuda.is_available() else None
-    return nb.torch.cuda.memory_allocated()
-
-
 def base_here(base: str) -> str:
     """Return the dtype of a base on this device: without a GPU there is no fp16 autocast, and 16 bits become 32."""
     return "float32" if base == "float16" and not notebook().torch.cuda.is_available() else base

@@ -22,7 +22,7 @@ def measure(train, length: int, preset: str, step: int, folder: str) -> dict:
     """
     nb = common.notebook()
     config, task = common.settle(model_name=folder, max_length=length, preset=preset, num_train_epochs=1)
-    held = common.clear_gpu()
+    held = nb.clear_gpu()
     texts = nb.tokenize(train, task.tokenizer, config)
     training = nb.training_arguments(config, nb.Path(config.output_dir), **nb.QUIET)
     trainer = nb.make_trainer(nb.build_qlora(config, task), config, training, task.tokenizer, texts)

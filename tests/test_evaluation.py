@@ -47,6 +47,11 @@ def test_without_a_tail_texts_are_cut_as_transformers_cuts_them_and_keep_their_l
     assert tokens[:] == dict(whole) | {"label": [3, 1, 4, 1, 5], "length": [*map(len, uncut)]}  # and no text
 
 
+def test_a_baseline_without_words_says_so(notebook):
+    with pytest.raises(ValueError, match="Needed: texts with words of two letters or more"):
+        notebook.fit_tfidf({"text": ["\U0001f600", "\U0001f622 !"], "label": [1, 0]}, 0)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_scores_are_those_of_scikit_learn(notebook, classes):
     rng = np.random.default_rng(classes)
@@ -59,6 +64,7 @@ def test_scores_are_those_of_scikit_learn(notebook, classes):
         low, high = found[f"{name}_ci95"]
         assert found[name] == pytest.approx(value) == rates[name][0] and 0 <= low < value < high <= 1
     assert rates["f1_macro"][1] == pytest.approx(f1_score(guesses, labels, average="macro", zero_division=0))
+    assert notebook.Scores().compute(predictions=[2, 2], references=[2, 2])["f1_macro"] == 1
     unused = notebook.score(labels, guesses, classes + 3)  # classes that are neither there nor answered do not count
     assert unused["f1_macro"] == pytest.approx(f1["f1_macro"])
 

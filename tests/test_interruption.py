@@ -189,7 +189,9 @@ def test_what_never_fits_is_said(notebook, short_config, monkeypatch, tmp_path, 
     monkeypatch.setattr(notebook, "build_qlora", build)
     monkeypatch.setattr(notebook, "PartialState", lambda: SimpleNamespace(num_processes=processes))
     parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    with pytest.raises(raised, match=said):
-        notebook.train_within_memory(short_config.model_copy(update=parts), None, None, tmp_path)
+    config = short_config.model_copy(update=parts)
+    for train, last in ((notebook.train_within_memory, tmp_path), (notebook.train_briefly, 4)):
+        with pytest.raises(raised, match=said):
+            train(config, None, None, last)
     tried = [call.args[0] for call in build.call_args_list]
-    assert [(each.per_device_train_batch_size, each.gradient_accumulation_steps) for each in tried] == tries
+    assert [(each.per_device_train_batch_size, each.gradient_accumulation_steps) for each in tried] == 2 * tries

@@ -18,7 +18,6 @@ import offline_assets
 import pytest
 import run_notebook
 
-
 DEFINITIONS = ["import os", "from os import path", "def f(): pass", "class A: pass", "LIMIT = 3", "LIMIT |= {1}"]
 DEFINITIONS += ["Count, Above = int, float"]
 OTHERS = ["limit = 3", "LIMIT, rest = 3, 4", "W = 1", "A, B = 1, 2"]  # the last two are matrices, in the lesson

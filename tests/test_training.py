@@ -65,9 +65,7 @@ def test_batches_are_padded_for_graphs_within_the_models_positions(
 
 
 @pytest.mark.parametrize("class_weights", ["none", "balanced"])
-def test_32_x_1_and_16_x_2_have_the_same_loss_and_gradients(
-    notebook, tiny_config, task, skewed, tmp_path, class_weights
-):
+def test_32_x_1_and_16_x_2_have_the_same_gradients(notebook, tiny_config, task, skewed, tmp_path, class_weights):
     steps = []
 
     class Keep(notebook.TrainerCallback):
@@ -97,8 +95,7 @@ def test_rare_classes_can_count_for_more(notebook, tiny_config, task, skewed, tm
     arguments = notebook.training_arguments(config, tmp_path, **notebook.QUIET)
     made = notebook.make_trainer(small_bert(64), config, arguments, task.tokenizer, skewed, eval_dataset=skewed)
     weights = made.class_weights[skewed["label"]]
-    assert weights.mean() == pytest.approx(1)
-    assert made.class_weights[1] / made.class_weights[0] == pytest.approx(75 / 15)
+    assert (weights.mean(), made.class_weights[1] / made.class_weights[0]) == pytest.approx((1, 75 / 15))
     scores, logits = made.evaluate(), torch.from_numpy(made.predict(skewed).predictions)
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(skewed["label"]), reduction="none")
     expected = (weights * losses).mean()
