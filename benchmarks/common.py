@@ -107,7 +107,7 @@ def provenance(study: str) -> dict:
 def public(argument: str) -> str:
     """Return an argument as it is, and of a path its last name: no path leaves this machine."""
     path = Path(argument).expanduser()
-    return path.resolve().name if path.exists() else argument
+    return path.resolve().name if path.exists() or path.is_absolute() else argument
 
 
 def random_model(shape: dict) -> str:

@@ -28,6 +28,7 @@ RECIPES = {  # base, adapters, settings
     "fast": ("4-bit", True, FAST),  # from here on one change at a time to `recommended`
     "fast, rate 5e-4": ("4-bit", True, FAST | {"learning_rate": 5e-4}),
     "fast, rate 5e-4, tail 0.5": ("4-bit", True, FAST | {"learning_rate": 5e-4, "tail_share": 0.5}),
+    "recommended, paged 8-bit AdamW": ("4-bit", True, {"preset": "recommended", "optim": "paged_adamw_8bit"}),
     "recommended, fast": ("4-bit", True, BOTH),  # and from here on one change to it
     "recommended, fast, paged 8-bit AdamW": ("4-bit", True, BOTH | {"optim": "paged_adamw_8bit"}),
     "recommended, fast, 16-bit base": ("float16", True, BOTH),
@@ -268,7 +269,8 @@ def main() -> None:
         _, task = common.settle(model_name=folder)
         texts = final_texts(arguments.dataset, arguments.final, arguments.tiny)["text"]
         _, lengths = common.notebook().encode(texts, task.tokenizer, common.notebook().Config())
-        study.write(by_length=by_length(study.runs, lengths))
+        shown = [run for run in study.runs if run["recipe"] in [*RECIPES][:5]]
+        study.write(by_length=by_length(shown, lengths))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
     lead = ", ".join(f"{name} {percent(row['final'], row['final_ci95'])}" for name, row in final.items())
     if {"recommended", "full fine-tuning", "TF-IDF"} <= final.keys():
         gaps = [gap(final["recommended"][f"final_over_{other}"]) for other in ("full_finetuning", "tfidf_nb_svm")]
-        lead = f"On further reviews, read once after all choices: {lead}. The recommended recipe is {gaps[0]} points"
+        lead = f"On further reviews, read after all choices: {lead}. The recommended recipe is {gaps[0]} points"
         lead += f" from full fine-tuning, {gaps[1]} from TF-IDF."
     table = pd.DataFrame(
         {
@@ -101,8 +101,8 @@ def accuracy(results: dict, file: str, folder: Path | None) -> str:
         axis.set(xlabel="test accuracy, %, with 95% intervals", title=f"Accuracy of {results['settings']['model']}")
         save(drawn, folder / figure)
     model, data = results["settings"]["model"], results["settings"]["dataset"]
-    heading = f"## How accurate are the recipes with {model}?\n\n{lead} Texts: {data}. {results.get('note', '')}"
-    return f"{heading.rstrip()}\n\n{table}\n\n{source(results, file, figure)}\n"
+    lead = f"{lead} Texts: {data}. {results.get('note', '')}".strip()
+    return f"## How accurate are the recipes with {model}?\n\n{lead}\n\n{table}\n\n{source(results, file, figure)}\n"
 
 
 def speed(results: dict, file: str, folder: Path | None) -> str:
@@ -248,12 +248,11 @@ def lengths(results: dict, file: str, folder: Path | None) -> str:
     return "\n\n".join(["## To which step is a batch padded?", lead, markdown(frame), source(results, file)]) + "\n"
 
 
-def overview(results: dict, saved: dict, folder: Path) -> None:
-    """Draw README's first figure: accuracy, memory (the default's: of the saved run) and seconds of trainings."""
-    shown = {"TF-IDF": "tfidf_nb_svm", "full fine-tuning": "full_finetuning", "QLoRA default": "default"}
-    shown |= {f"QLoRA {name}": name for name in ("recommended", "recommended, fast")}
+def overview(results: dict, folder: Path) -> None:
+    """Draw README's first figure: accuracy, memory and seconds of trainings."""
+    shown = {"TF-IDF": "tfidf_nb_svm", "full fine-tuning": "full_finetuning"}
+    shown |= {f"QLoRA {name}": name for name in ("default", "lean", "fast", "recommended", "recommended, fast")}
     found = {row["name"]: row for row in results["rows"] if row["test"]}
-    found.get("default", {})["peak_mb"] = saved["training"]["peak_mb"]
     rows = [(name, found[row]) for name, row in shown.items() if row in found][::-1]
     panels = {"test": "test accuracy, %", "peak_mb": "peak memory, MB", "seconds": "training, seconds"}
     drawn, axes = plt.subplots(1, 3, figsize=(9, 0.6 + 0.32 * len(rows)), sharey=True, layout="constrained")
@@ -267,7 +266,7 @@ def overview(results: dict, saved: dict, folder: Path) -> None:
                 axis.bar_label(axis.barh(place, row[column], color=color(name)), fmt="{:,.0f}", padding=3, fontsize=9)
         axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         bars = {"xlim": (0, 1.3 * max([row[column] or 1 for _, row in rows], default=1)), "xticks": []}
-        axis.set(title=title, **({"xmargin": 0.25} if column == "test" else bars))
+        axis.set(title=title, **({"xmargin": 0.35} if column == "test" else bars))
         axis.grid(False, axis="y")
     save(drawn, folder / "overview.png")
 
@@ -283,8 +282,8 @@ def write(read: Path, text: Path, folder: Path | None) -> None:
     for file in filter(files.get, SECTIONS):
         parts.append(SECTIONS[file](files[file], file, folder))
     text.write_text("\n".join(parts), encoding="utf-8")
-    if folder and {"accuracy.json", "results.json"} <= files.keys():
-        overview(files["accuracy.json"], files["results.json"], folder)
+    if folder and "accuracy.json" in files:
+        overview(files["accuracy.json"], folder)
 
 
 def main() -> None:

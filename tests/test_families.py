@@ -91,9 +91,9 @@ def test_a_family_learns_and_is_the_same_saved_reloaded_and_merged(tmp_path, pre
     counts = [nb.trained_at_rank(each, task, r) for each, r in ((config, 1), (config, 4), (everything, 4))]
     assert 0 < counts[0] < counts[1] == nb.storage(model).loc["all", "trained"] < counts[2]
     for each in (trainer, make_trainer(everything, task, rows)):  # a GPU's autocast: DeBERTa's mask overflowed
-        with torch.autocast("cpu", torch.float16, cache_enabled=False):
-            inputs = task.tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
-            loss = each.model.train()(**inputs, labels=torch.tensor([0, 1])).loss
+        with torch.autocast(each.model.device.type, torch.float16, cache_enabled=False):
+            inputs = task.tokenizer(TEXTS[:2], return_tensors="pt", padding=True) | {"labels": torch.tensor([0, 1])}
+            loss = each.model.train()(**{name: tensor.to(each.model.device) for name, tensor in inputs.items()}).loss
         loss.backward()
         assert loss.isfinite()
 
