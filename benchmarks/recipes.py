@@ -210,7 +210,7 @@ def score_final(name: str, seed: int, folder: str, arguments) -> dict:
 
 
 def summarize(runs: list[dict]) -> list[dict]:
-    """Return a row for each recipe: means over seeds with their intervals, and the differences to three others, in
+    """Return a row for each recipe: means over seeds with their intervals, and the differences to four others, in
     points, on the same texts."""
     right = {
         (part, run["recipe"], run["seed"]): common.unpack(run[f"{part}_right"])
@@ -228,7 +228,7 @@ def summarize(runs: list[dict]) -> list[dict]:
             shared = {"shared": part == "final"}
             row |= {"final_seeds": [*own]} if part == "final" else {}
             row[part], row[f"{part}_ci95"] = mean_and_interval([*own.values()], **shared) if own else (None, None)
-            for other in ("default", "full_finetuning", "tfidf_nb_svm"):
+            for other in ("default", "full_finetuning", "tfidf_nb_svm", "recommended, fast"):
                 pairs = [(own[seed], right[part, other, seed]) for seed in own if (part, other, seed) in right]
                 pairs = [(first, second) for first, second in pairs if len(first) == len(second)]  # of the same texts
                 if pairs and other != name:

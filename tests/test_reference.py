@@ -70,10 +70,10 @@ def test_the_readme_gives_the_figures_of_the_speed_study():
     for shown, name in ROWS.items():
         assert f"|{shown}|{found[name]['peak_mb']:,.0f}|{found[name]['samples_per_second']:,.0f}|" in README
     names = ("fast_over_full_captured", "lean_over_full_captured_checkpointed", "default_captured_over_eager")
-    fast, lean, captured = (SPEED["all-mpnet-base-v2"]["ratios"][name] for name in names)
+    fast, lean = (SPEED["all-mpnet-base-v2"]["ratios"][name] for name in names[:2])
     assert f"{fast:.2f} times as fast as captured full fine-tuning" in README
-    assert f"{lean:.2f} times as fast as checkpointed" in README and f"to {captured:.1f} times as fast: eager" in README
     shapes = SPEED["bert-base, random weights"]["ratios"]
+    assert f"{lean:.2f} times as fast as checkpointed" in README and f"to {shapes[names[2]]:.1f} times (bert" in README
     assert "{:.2f} and {:.2f}, `lean` at {:.0f} MB".format(*(shapes[n] for n in (*names[:2], "lean_peak_mb"))) in README
 
 
