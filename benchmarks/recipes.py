@@ -190,7 +190,7 @@ def score_final(name: str, seed: int, folder: str, arguments) -> dict:
     config, task = common.settle(model_name=folder, seed=seed, **settings)
     split, place = final_texts(arguments.dataset, arguments.final, arguments.tiny), kept(arguments, name, seed)
     if recipe is None:
-        model = fit_baseline(name, data(arguments.dataset, seed, arguments.tiny)["train"], seed)
+        model = fit_baseline(name, data(arguments.dataset, seed, arguments.tiny, "published" in name)["train"], seed)
     elif base == "4-bit":
         model = nb.load_adapter(place, config, task)
     elif adapters:
