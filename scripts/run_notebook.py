@@ -4,6 +4,7 @@ Where the Hugging Face Hub answers, the notebook fetches its own model and data.
 stand in, with the demo preset. Settings (`QLORA_*`) of the environment or of `.env` win over both.
 """
 
+import ast
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -41,12 +43,21 @@ def with_home(path: Path) -> str:
     return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
 
 
-def use_offline_assets(environ: MutableMapping[str, str]) -> None:
-    """Let the notebook run without the Hub: on the offline assets, where `environ` names no others. The demo's settings
-    come with its data alone: who names data of their own gets the notebook's own defaults."""
-    if not environ.get("QLORA_MODEL_NAME"):
+def own_settings(nb: nbformat.NotebookNode) -> dict[str, str]:
+    """Return the literal `settings` of the notebook's cell for them, by the names that they have in an environment."""
+    values = {}
+    for cell in [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]:
+        with suppress(ValueError, IndexError, AttributeError):  # no literal
+            values |= ast.literal_eval(ast.parse(cell.source).body[-1].value)
+    return {f"QLORA_{name.upper()}": str(value) for name, value in values.items()}
+
+
+def use_offline_assets(environ: MutableMapping[str, str], own: dict[str, str]) -> None:
+    """Let the notebook run without the Hub: on the offline assets, where neither `environ` nor its `own` settings name
+    others. The demo's settings come with its data alone: who names data of their own gets the notebook's defaults."""
+    if not (own.get("QLORA_MODEL_NAME") or environ.get("QLORA_MODEL_NAME")):
         environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
-    if not environ.get("QLORA_DATASET_NAME"):
+    if not (own.get("QLORA_DATASET_NAME") or environ.get("QLORA_DATASET_NAME")):
         environ["QLORA_DATASET_NAME"] = with_home(offline_assets.ensure_reviews())
         for name, value in {"PRESET": "demo", "MAX_TRAIN_SAMPLES": "2500", "VALIDATION_SHARE": "0.05"}.items():
             environ.setdefault(f"QLORA_{name}", value)
@@ -144,10 +155,12 @@ def main() -> None:
     """Prepare the input, execute the notebook, add the sections' times to its results, and print the summary."""
     os.chdir(ROOT)
     load_dotenv(".env")
+    own = own_settings(nbformat.read(NOTEBOOK, as_version=4))
     if not hub_is_reached():
         print("The Hugging Face Hub does not answer, or HF_HUB_OFFLINE is set: on the offline assets.", flush=True)
-        use_offline_assets(os.environ)
-    output_dir, data_dir = os.environ.get("QLORA_OUTPUT_DIR") or "outputs", os.environ.get("QLORA_DATA_DIR") or "Data"
+        use_offline_assets(os.environ, own)
+    settings = os.environ | own
+    output_dir, data_dir = settings.get("QLORA_OUTPUT_DIR") or "outputs", settings.get("QLORA_DATA_DIR") or "Data"
     executed = (ROOT / output_dir / NOTEBOOK).with_suffix(".executed.ipynb")
     seconds = execute(ROOT / NOTEBOOK, executed, ROOT)
     path = ROOT / data_dir / "results.json"

@@ -61,7 +61,7 @@ def assets(monkeypatch, tmp_path):
 
 def test_without_the_hub_the_offline_assets_stand_in(assets, tmp_path, notebook):
     environ = {}
-    run_notebook.use_offline_assets(environ)
+    run_notebook.use_offline_assets(environ, {})
     assert assets == ["model", "reviews"]
     assert Path(environ["QLORA_MODEL_NAME"]).expanduser() == tmp_path / "model"
     assert Path(environ["QLORA_DATASET_NAME"]).expanduser() == tmp_path / "reviews"
@@ -71,12 +71,14 @@ def test_without_the_hub_the_offline_assets_stand_in(assets, tmp_path, notebook)
 
 def test_what_the_user_has_set_stays(assets):
     mine = {"QLORA_MODEL_NAME": "my/model", "QLORA_DATASET_NAME": "my.csv"}
-    environ = dict(mine)
-    run_notebook.use_offline_assets(environ)
-    assert assets == [] and environ.items() >= mine.items()
-    assert not {"QLORA_MAX_TRAIN_SAMPLES", "QLORA_PRESET"} & {*environ}  # for the stand-in, not for own data
+    source = "# settings = {}\nsettings = {'model_name': 'my/model', 'dataset_name': 'my.csv'}  # or in the notebook"
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    assert run_notebook.own_settings(nbformat.v4.new_notebook(cells=[cell])) == mine
+    for environ, own in ((dict(mine), {}), ({}, mine)):
+        run_notebook.use_offline_assets(environ, own)  # the demo's settings are for the stand-in, not for own data
+        assert assets == [] and {*environ} == {*mine} - {*own}
     environ = {"QLORA_MAX_TRAIN_SAMPLES": "64", "QLORA_MODEL_NAME": ""}
-    run_notebook.use_offline_assets(environ)
+    run_notebook.use_offline_assets(environ, {})
     assert assets == ["model", "reviews"] and environ["QLORA_MAX_TRAIN_SAMPLES"] == "64"
 
 
@@ -85,8 +87,7 @@ def test_a_notebook_is_executed_with_its_output_shown_and_kept(tmp_path, capsys)
     nbformat.write(nbformat.v4.new_notebook(cells=cells[:1]), tmp_path / "fine.ipynb")
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "fails.ipynb")
     seconds = run_notebook.execute(tmp_path / "fine.ipynb", tmp_path / "new" / "executed.ipynb", tmp_path)
-    assert len(seconds) == 1 and min(seconds.values()) > 0
-    assert "said so" in capsys.readouterr().out
+    assert len(seconds) == 1 and min(seconds.values()) > 0 and "said so" in capsys.readouterr().out
     assert nbformat.read(tmp_path / "new" / "executed.ipynb", as_version=4).cells[0].outputs[0].text == "said so\n"
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         run_notebook.execute(tmp_path / "fails.ipynb", tmp_path / "failed.ipynb", tmp_path)
