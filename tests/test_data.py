@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import traceback
 from collections import Counter
 
@@ -74,7 +75,7 @@ def test_a_file_is_read_whatever_its_form(notebook, tmp_path, name, content, exp
 REFUSED = [("a.csv", f"{TWO}a,b,0\n", ["line 4", "3 fields"]), ("a.csv", f"{TWO}a, b, c,0\n", ["4 fields"])]
 REFUSED += [("a.csv", "text,label\nthe plot was dull, the end was bad,0\n" * 2, ["line 2", "3 fields"])]
 REFUSED += [("a.csv", 'text,label\n"good,1\nbad,0\n"fine,1\n', ["line"])]
-REFUSED += [("a.csv", 'text,label\nc,2\n"a,1\nb",0\n', ["line 3", "quote"])]
+REFUSED += [("a.csv", f'text,label\n{more}c,1\n"a,1\nb",0\n', ["quote"]) for more in ("", '"x, y",1\n')]
 REFUSED += [("a.csv", "text,label\ngood,1\ncafé,0\n".encode("latin-1"), ["line 3", "UTF-8"])]
 REFUSED += [("a.json", '[{"text": "a"}, 5]', ["record 2"]), ("a.json", f"{LINES}\n7", ["record 3"])]
 REFUSED += [("a.json", f"{LINES}\nfoo\n{LINES}", ["line 3"])]
@@ -99,7 +100,7 @@ def test_a_file_without_rows_or_columns_is_refused(notebook, tmp_path):
         refusal(gather, notebook, path)
 
 
-def test_every_file_of_a_folder_is_read_but_licences_and_hidden_files(notebook, tmp_path):
+def test_every_file_of_a_folder_is_read_but_licences_and_hidden_files(notebook, tmp_path, capsys):
     (tmp_path / "reviews.csv").write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(200)))
     (tmp_path / "reviews_test.csv").write_text(TWO)
     (tmp_path / "deep").mkdir()
@@ -111,6 +112,7 @@ def test_every_file_of_a_folder_is_read_but_licences_and_hidden_files(notebook, 
     (tmp_path / ".git" / "HEAD").write_text("ref")
     rows, _ = gather(notebook, tmp_path)
     assert len(rows) == 204 and set(rows["label"]) == {"0", "1", "pos", "neg"}
+    assert re.search("LOOK: reviews_test.csv shares no label .*(pos|neg)", capsys.readouterr().out)
 
 
 def test_what_would_be_left_out_is_named_with_what_is_allowed(notebook, tmp_path, monkeypatch):

@@ -47,11 +47,6 @@ def test_without_a_tail_texts_are_cut_as_transformers_cuts_them_and_keep_their_l
     assert tokens[:] == dict(whole) | {"label": [3, 1, 4, 1, 5], "length": [*map(len, uncut)]}  # and no text
 
 
-def test_a_baseline_without_words_says_so(notebook):
-    with pytest.raises(ValueError, match="Needed: texts with words of two letters or more"):
-        notebook.fit_tfidf({"text": ["\U0001f600", "\U0001f622 !"], "label": [1, 0]}, 0)
-
-
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_scores_are_those_of_scikit_learn(notebook, classes):
     rng = np.random.default_rng(classes)
@@ -75,7 +70,8 @@ def test_intervals_have_the_width_of_a_share_and_the_seed_decides_them(notebook)
     low, high = first["accuracy_ci95"]
     assert high - low == pytest.approx(2 * 1.96 * (0.8 * 0.2 / 1000) ** 0.5, rel=0.08)
     assert low + high == pytest.approx(1.6, abs=0.01) and first == again != other
-    assert notebook.score(truth, truth, 2)["accuracy_ci95"] == [1, 1]
+    low, high = notebook.score(np.arange(52) % 2, np.arange(52) % 2, 2)["accuracy_ci95"]
+    assert 0.9 < low < 0.99 < high <= 1  # all right, and yet not certain
     scores = {"accuracy": 0.8954, "accuracy_ci95": [0.88, 0.9101], "f1_macro": 1.0, "f1_macro_ci95": [0, 1]}
     shown = [notebook.percent(scores), notebook.percent(scores, "f1_macro")]
     assert shown == ["89.5% [88.0, 91.0]", "100.0% [0.0, 100.0]"]
@@ -86,7 +82,8 @@ def test_paired_differences_are_of_points_and_hold_the_truth_in_about_95_of_100_
     gain, low, high = notebook.paired_difference(first, second)
     assert gain == pytest.approx(10) and 3 < low < 10 < high < 17
     assert notebook.paired_difference(second, first)[0] == pytest.approx(-10)
-    assert notebook.paired_difference(first, first) == [0, 0, 0]
+    gain, low, high = notebook.paired_difference(first, first)
+    assert gain == 0 and -3 < low < 0 < high < 3
     rng, held = np.random.default_rng(0), []
     for seed in range(600):
         _, low, high = notebook.paired_difference(rng.random(300) < 0.8, rng.random(300) < 0.7, seed)
@@ -153,12 +150,13 @@ def test_the_card_has_the_figures_of_the_results_and_no_paths(notebook, tiny_con
     about = {"model": "owner/base", "dataset": "reviews.csv", "labels": ["bad", "good"], "largest_class": 0.625}
     results |= {"baselines": {"tfidf_logreg": scores[2]}, "provenance": about}
     config = tiny_config.model_copy(update={"tail_share": tail_share, "lora_r": 13})
-    card = notebook.model_card(results, config)
+    card = notebook.model_card(results, config, ["classifier", "pooler"])
     assert "base_model: owner/base" in card.split("---")[1] and "{" not in card
     figures = [f"| {notebook.percent(each)} | {notebook.percent(each, 'f1_weighted')} |" for each in scores]
     figures += ["62.5%", "3.2 points", "rank 13", "bad, good", "32 tokens", "40 test texts", "`reviews.csv`"]
     assert [figure for figure in figures if figure not in card] == []
     assert tiny_config.model_name not in card and tiny_config.output_dir not in card
-    call, ids = "ids[:23] + ids[-9:]", [*range(50)]  # cuts as training did
-    assert (call in card) == bool(tail_share)
-    assert (notebook.cut_middle(ids, 32, tail_share) == ids[:23] + ids[-9:]) == bool(tail_share)
+    ids, keeps = [*range(50)], "keeps a long text's beginning; in training 25% of it was the end"
+    start, end = notebook.re.search(r"ids\[:(\d+)\] \+ ids\[-(\d+):\]", card).groups()  # cuts as training did
+    assert notebook.cut_middle(ids, 32, tail_share) == ids[: int(start)] + ids[-int(end) :]
+    assert (keeps in card) == bool(tail_share)

@@ -28,10 +28,6 @@ def markdown(saved) -> list[str]:
     return [cell.source for cell in saved.cells if cell.cell_type == "markdown"]
 
 
-def headings(saved) -> list[str]:
-    return re.findall(r"^## (.+)$", "\n".join(markdown(saved)), flags=re.MULTILINE)
-
-
 def long_texts(source: str) -> list[str]:
     """Return a cell's strings of more than one line, docstrings aside."""
     nodes = list(ast.walk(ast.parse(source)))
@@ -62,10 +58,9 @@ def test_the_sections_are_those_of_the_design_the_contents_and_the_workflow(save
     stations = re.findall(r'"(\d+ [^":]+)', (ROOT / "Flow" / "workflow.mmd").read_text(encoding="utf-8"))
     links = re.findall(r"\[(\d+ [^\]]+)\]\(#([^)]+)\)", saved.cells[0].source)
     anchors = {target for text in markdown(saved) for target in re.findall(r"\]\(#([^)]+)\)", text)}
-    assert headings(saved) == SECTIONS == sorted({*stations}, key=lambda station: int(station.split()[0]))
-    assert links == [(section, section.replace(" ", "-")) for section in SECTIONS] and anchors == {
-        *dict(links).values()
-    }
+    headings = re.findall(r"^## (.+)$", "\n".join(markdown(saved)), flags=re.MULTILINE)
+    assert headings == SECTIONS == sorted({*stations}, key=lambda station: int(station.split()[0]))
+    assert links == [(each, each.replace(" ", "-")) for each in SECTIONS] and anchors == {*dict(links).values()}
 
 
 def test_plumbing_and_nothing_else_is_titled_and_folded():

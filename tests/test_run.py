@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,13 +135,19 @@ def test_ranks_and_methods_have_figures_where_they_were_trained(run):
     assert full["weights_mb"] > ours["weights_mb"]
 
 
-def test_the_merged_model_answers_without_bitsandbytes_as_it_was_scored(run, notebook, reviews):
-    program = "import sys; sys.modules['bitsandbytes'] = None\n" + notebook.ANSWER
-    command = [sys.executable, "-c", program, str(run.folder / "outputs" / "merged"), "cpu"]
-    done = subprocess.run(command, check=True, input=json.dumps(run.texts), capture_output=True, text=True)
-    answers, verdicts = json.loads(done.stdout.splitlines()[-1]), dict(reviews.to_numpy().tolist())
-    matrix = confusion_matrix([verdicts[text] for text in run.texts], answers, labels=["pan", "praise", "quote"])
-    assert matrix.tolist() == run.results["test_merged"]["confusion_matrix"]
+def test_the_merged_model_without_bitsandbytes_and_the_card_s_code_answer_as_scored(run, notebook, tiny_bert, reviews):
+    card = (run.folder / "outputs" / "adapter" / "README.md").read_text()
+    loads, asks = "\n".join(re.findall("(?m)^    (.*)", card)).split('text = "A text."\n')
+    coded = loads.replace("path/to/this/folder", str(run.folder / "outputs" / "adapter"))
+    coded += "\nimport json, sys\nfor text in json.load(sys.stdin):\n " + asks.replace("\n", "\n ")
+    merged = "import sys; sys.modules['bitsandbytes'] = None\n" + notebook.ANSWER
+    verdicts, names = dict(reviews.to_numpy().tolist()), ["pan", "praise", "quote"]
+    for program, scores in {coded: "test", merged: "test_merged"}.items():
+        command = [sys.executable, "-c", program, str(run.folder / "outputs" / "merged"), "cpu"]
+        options = {"cwd": Path(tiny_bert).parent, "check": True, "capture_output": True, "text": True}
+        answers = re.findall("|".join(names), subprocess.run(command, input=json.dumps(run.texts), **options).stdout)
+        matrix = confusion_matrix([verdicts[text] for text in run.texts], answers, labels=names)
+        assert matrix.tolist() == run.results[scores]["confusion_matrix"]
     assert run.gap == 0 and len(set(answers)) > 1  # else the same answer to all would do
 
 

@@ -94,7 +94,7 @@ def test_a_notebook_is_executed_with_its_output_shown_and_kept(tmp_path, capsys)
     assert nbformat.read(tmp_path / "failed.ipynb", as_version=4).cells[0].outputs[0].text == "said so\n"
 
 
-def test_the_assets_are_what_the_design_says(offline_model):
+def test_the_assets_are_what_the_design_says_and_a_second_use_downloads_nothing(offline_model, monkeypatch):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(offline_model)
@@ -103,9 +103,6 @@ def test_the_assets_are_what_the_design_says(offline_model):
     with (offline_assets.ensure_reviews() / "reviews.csv").open(encoding="utf-8", newline="") as file:
         labels = [row["label"] for row in csv.DictReader(file)]
     assert len(labels) == 10_568 and set(labels) == {"negative", "positive"} and labels.count("positive") == 5_242
-
-
-def test_a_second_use_downloads_nothing(monkeypatch, offline_model):
     monkeypatch.setattr(offline_assets, "download", lambda *_: pytest.fail("downloaded again"))
     assert str(offline_assets.ensure_model()) == offline_model
 
