@@ -178,7 +178,8 @@ def test_micro_batches_shrink(notebook, short_config, task, tokenized, tmp_path,
 
 
 TRIES = [(4, 3), (3, 4), (2, 6), (1, 12)]  # each keeps the effective batch
-UNFIT = [(1, torch.OutOfMemoryError(FULL), MemoryError, "32 tokens.*lean", TRIES)]  # it says what to do
+OTHERS = map(RuntimeError, ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+UNFIT = [(1, full, MemoryError, "32 tokens.*lean", TRIES) for full in (torch.OutOfMemoryError(FULL), *OTHERS)]
 UNFIT += [(2, torch.OutOfMemoryError(FULL), torch.OutOfMemoryError, FULL, TRIES[:1])]  # the other waits for gradients
 UNFIT += [(1, RuntimeError("a bug"), RuntimeError, "a bug", TRIES[:1])]
 
