@@ -83,10 +83,7 @@ class Study:
     def write(self, **parts) -> None:
         """Write the file, with `parts` added."""
         self.results |= parts
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.results, indent=1, default=float) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)  # nobody meets half a file
+        notebook().atomic_write(self.path, json.dumps(self.results, indent=1, default=float) + "\n")
 
 
 def provenance(study: str) -> dict:
@@ -105,9 +102,8 @@ def provenance(study: str) -> dict:
 
 
 def public(argument: str) -> str:
-    """Return an argument as it is, and of a path its last name: no path leaves this machine."""
-    path = Path(argument).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() else argument
+    """Return an argument as it is, and of a path its last name, by the notebook's rule."""
+    return notebook().public_name(argument)
 
 
 def random_model(shape: dict) -> str:
