@@ -71,10 +71,9 @@ def test_intervals_have_the_width_of_a_share_and_the_seed_decides_them(notebook)
     assert high - low == pytest.approx(2 * 1.96 * (0.8 * 0.2 / 1000) ** 0.5, rel=0.08)
     assert low + high == pytest.approx(1.6, abs=0.01) and first == again != other
     low, high = notebook.score(np.arange(52) % 2, np.arange(52) % 2, 2)["accuracy_ci95"]
-    assert 0.9 < low < 0.99 < high <= 1  # all right, and yet not certain
     scores = {"accuracy": 0.8954, "accuracy_ci95": [0.88, 0.9101], "f1_macro": 1.0, "f1_macro_ci95": [0, 1]}
     shown = [notebook.percent(scores), notebook.percent(scores, "f1_macro")]
-    assert shown == ["89.5% [88.0, 91.0]", "100.0% [0.0, 100.0]"]
+    assert shown == ["89.5% [88.0, 91.0]", "100.0% [0.0, 100.0]"] and 0.9 < low < 0.99 < high <= 1  # 52 of 52
 
 
 def test_paired_differences_are_of_points_and_hold_the_truth_in_about_95_of_100_cases(notebook):
@@ -82,8 +81,7 @@ def test_paired_differences_are_of_points_and_hold_the_truth_in_about_95_of_100_
     gain, low, high = notebook.paired_difference(first, second)
     assert gain == pytest.approx(10) and 3 < low < 10 < high < 17
     assert notebook.paired_difference(second, first)[0] == pytest.approx(-10)
-    gain, low, high = notebook.paired_difference(first, first)
-    assert gain == 0 and -3 < low < 0 < high < 3
+    assert notebook.paired_difference(first, first) == pytest.approx([0, -1, 1], abs=0.9)
     rng, held = np.random.default_rng(0), []
     for seed in range(600):
         _, low, high = notebook.paired_difference(rng.random(300) < 0.8, rng.random(300) < 0.7, seed)
@@ -156,7 +154,7 @@ def test_the_card_has_the_figures_of_the_results_and_no_paths(notebook, tiny_con
     figures += ["62.5%", "3.2 points", "rank 13", "bad, good", "32 tokens", "40 test texts", "`reviews.csv`"]
     assert [figure for figure in figures if figure not in card] == []
     assert tiny_config.model_name not in card and tiny_config.output_dir not in card
-    ids, keeps = [*range(50)], "keeps a long text's beginning; in training 25% of it was the end"
+    ids, keeps = [*range(50)], "in training 25% of what is kept was the end"
     start, end = notebook.re.search(r"ids\[:(\d+)\] \+ ids\[-(\d+):\]", card).groups()  # cuts as training did
     assert notebook.cut_middle(ids, 32, tail_share) == ids[: int(start)] + ids[-int(end) :]
     assert (keeps in card) == bool(tail_share)

@@ -18,8 +18,7 @@ from sklearn.metrics import confusion_matrix
 
 PLOTS = ["dataset_stats", "confusion_matrix", "training_curves", "efficiency_comparison", "lora_rank_sensitivity"]
 PLOTS = sorted(f"{name}.png" for name in [*PLOTS, "calibration"])
-TIMED = ("seconds", "_second", "runtime", "_time", "started", "sections")  # ends of names of what differs each time
-TIMED += ("train_loss",)  # of the steps since training was resumed, 0 without any
+TIMED = ("seconds", "_second", "runtime", "_time", "started", "sections", "train_loss")  # ends of names of what differs
 
 
 @pytest.fixture(scope="module")
