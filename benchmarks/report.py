@@ -213,7 +213,7 @@ def ranks(results: dict, file: str, folder: Path | None) -> str:
             errors = abs(ends - 100 * group["accuracy"].to_numpy())
             axis.errorbar(group["parameters"], 100 * group["accuracy"], errors, fmt=style, capsize=3, label=modules)
         axis.set(xscale="log", xlabel="trained parameters", ylabel="validation accuracy, %")
-        axis.set(title=f"Ranks {', '.join(map(str, results['settings']['ranks']))}, mean of the seeds")
+        axis.set(title=f"{results['settings']['model']}, {results['settings']['rows']:,} texts, mean of the seeds")
         axis.legend(frameon=False, loc="lower right")
         save(drawn, folder / figure)
     heading = "## How much does the rank matter?"

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import recipes, report, speed  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LESSON = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
 RESULTS = json.loads((report.REFERENCE / "results.json").read_text(encoding="utf-8"))
 METHODS = {row["method"]: row for row in RESULTS["efficiency"]}
 SPEED = json.loads((report.REFERENCE / "speed.json").read_text(encoding="utf-8"))["models"]
@@ -28,9 +29,8 @@ ROWS = {  # of the README's table of efficiency
 }
 
 
-@pytest.mark.parametrize("name", ["test", "test_merged"])
-def test_the_scores_are_those_of_the_confusion_matrix(name, notebook):
-    scores = RESULTS[name]
+@pytest.mark.parametrize("scores", [RESULTS["test"], RESULTS["test_merged"]])
+def test_the_scores_are_those_of_the_confusion_matrix(scores, notebook):
     matrix = np.array(scores["confusion_matrix"])
     assert matrix.sum() == scores["n"] == RESULTS["provenance"]["rows"]["test"]
     for each, value in notebook.rates(matrix).items():
@@ -59,6 +59,7 @@ def test_the_readme_gives_the_rows_of_the_accuracy_study_and_these_follow_from_i
         costs = [f"{cost:,.0f}" if row["peak_mb"] else "" for cost in (row["peak_mb"], trained / row["seconds"])]
         cells = [report.percent(row["final"], row["final_ci95"]), *costs, f"{row['seconds']:.0f}"]
         assert stored[row["name"]] | row == stored[row["name"]] and f"|{'|'.join(cells)}|" in README
+        assert " | ".join(["", *cells[:2]]) in LESSON
     assert all(report.gap(rows["recommended"][f"final_over_{other}"]) in README for other in names[:2])
     groups = np.array([[group["texts"], *(group[name] for name in names)] for group in ACCURACY["by_length"]])
     assert groups[:, 0] @ groups[:, 1:] / groups[:, 0].sum() == pytest.approx([rows[name]["final"] for name in names])
@@ -89,16 +90,15 @@ def test_the_report_is_that_of_its_files(tmp_path):
 
 
 def test_the_notebook_s_figures_are_those_of_the_run():
-    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
     eager, captured, full = (METHODS[n] for n in ("QLoRA default", "QLoRA default, captured", "full fp16, captured"))
     speeds = [each["samples_per_second"] for each in (eager, captured, full, METHODS["LoRA fp16, captured"])]
-    assert f"{speeds[1] / speeds[0]:.1f} times as fast, {speeds[0]:.0f} to {speeds[1]:,.0f} texts per second" in text
-    assert f"{captured['peak_mb'] - eager['peak_mb']:.0f} MB more" in text
-    assert f"{speeds[1] / speeds[2]:.0%} of captured full fine-tuning and {speeds[1] / speeds[3]:.0%}" in text
+    assert f"{speeds[1] / speeds[0]:.1f} times as fast, {speeds[0]:.0f} to {speeds[1]:,.0f} texts per second" in LESSON
+    assert f"{captured['peak_mb'] - eager['peak_mb']:.0f} MB more" in LESSON
+    assert f"{speeds[1] / speeds[2]:.0%} of captured full fine-tuning and {speeds[1] / speeds[3]:.0%}" in LESSON
     peaks = [each["peak_mb"] for each in (full, METHODS["LoRA fp16, captured"], captured)]
-    assert "{:,.0f} MB, LoRA on an fp16 base {:,.0f}, QLoRA {:,.0f}".format(*peaks) in text
+    assert "{:,.0f} MB, LoRA on an fp16 base {:,.0f}, QLoRA {:,.0f}".format(*peaks) in LESSON
     ranks = {(row["modules"], row["rank"]): row["accuracy"] for row in RESULTS["rank_sensitivity"]}
-    assert all(f"{ranks[key]:.1%}" in text for key in (("q, v", 1), ("q, v", 16), ("all-linear", 16)))
+    assert all(f"{ranks[key]:.1%}" in LESSON for key in (("q, v", 1), ("q, v", 16), ("all-linear", 16)))
 
 
 def test_the_readme_s_diagram_is_the_flow():
