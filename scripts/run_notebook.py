@@ -135,7 +135,7 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
 
     def percent(scores: dict) -> str:
         low, high = scores["accuracy_ci95"]
-        return f"{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]; macro F1 {scores['f1_macro']:.1%}"
 
     about, trained, seconds = results["provenance"], results["training"]["seconds"], sum(results["sections"].values())
     scores = {"QLoRA adapter": results["test"], "merged model": results["test_merged"], **results["baselines"]}

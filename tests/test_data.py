@@ -115,7 +115,7 @@ def test_every_file_of_a_folder_is_read_but_licences_and_hidden_files(notebook, 
     (tmp_path / ".git" / "HEAD").write_text("ref")
     rows, _ = gather(notebook, tmp_path)
     assert len(rows) == 204 and set(rows["label"]) == {"0", "1", "-1", "pos", "neg"}
-    assert re.fullmatch("(LOOK: (more|reviews_test).* shares no label .*('-1'|'pos').*\n){2}", capsys.readouterr().out)
+    assert re.fullmatch("(LOOK: (more|reviews_test).*('-1'|'pos').* are none of .*\n){2}", capsys.readouterr().out)
 
 
 def test_what_would_be_left_out_is_named_with_what_is_allowed(notebook, tmp_path, monkeypatch):

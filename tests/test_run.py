@@ -137,7 +137,7 @@ def test_ranks_and_methods_have_figures_where_they_were_trained(run):
 def test_the_merged_model_without_bitsandbytes_and_the_card_s_code_answer_as_scored(run, notebook, tiny_bert, reviews):
     card = (run.folder / "outputs" / "adapter" / "README.md").read_text()
     loads, asks = "\n".join(re.findall("(?m)^    (.*)", card)).split('text = "A text."\n')
-    coded = loads.replace("path/to/this/folder", str(run.folder / "outputs" / "adapter"))
+    coded = loads.replace("path/to/this/folder", str(run.folder / "outputs" / "adapter")).replace("path/to/", "")
     coded += "\nimport json, sys\nfor text in json.load(sys.stdin):\n " + asks.replace("\n", "\n ")
     merged = "import sys; sys.modules['bitsandbytes'] = None\n" + notebook.ANSWER
     verdicts, names = dict(reviews.to_numpy().tolist()), ["pan", "praise", "quote"]

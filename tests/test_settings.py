@@ -23,7 +23,12 @@ HALF = {"frozen_dtype": "compute", "fp16": False}
 CASES = {  # settings, environment, whether there is a GPU, and what comes of it
     "the defaults are the usual recipe": ({}, {}, True, RECIPE | {"max_train_samples": None}),
     "later presets win": ({"preset": "demo, recommended"}, {}, True, {"learning_rate": 5e-4, "max_length": 64}),
-    "and in this order, too": ({"preset": "recommended,demo"}, {}, True, {"learning_rate": 1e-3, "tail_share": 0.5}),
+    "and in this order, too": (
+        {"preset": ["Recommended", "demo"]},
+        {},
+        True,
+        {"learning_rate": 1e-3, "tail_share": 0.5},
+    ),
     "a preset of the environment": ({}, {"QLORA_PRESET": "lean"}, True, {"quantize_embeddings": True}),
     "or not": ({"preset": "fast"}, {"QLORA_PRESET": "lean"}, True, {"quantize_embeddings": False}),
     "the environment wins over presets": ({"preset": "recommended"}, ENVIRON, True, {"tail_share": 0.2, "seed": 42}),
@@ -77,7 +82,7 @@ def test_each_setting_is_shown_with_where_it_comes_from(notebook):
 
 
 UNKNOWN = [({"lernrate": 1}, {}, "lernrate"), ({}, {"QLORA_LEARN_RATE": "1"}, "QLORA_LEARN_RATE")]
-UNKNOWN += [({"": 1}, {}, ""), ({3: 1}, {}, "3")]
+UNKNOWN += [({"": 1}, {}, ""), ({3: 1}, {}, "3"), ({"lr": 1}, {}, "lr")]
 
 
 @pytest.mark.parametrize(("settings", "environ", "written"), UNKNOWN)
