@@ -23,12 +23,7 @@ HALF = {"frozen_dtype": "compute", "fp16": False}
 CASES = {  # settings, environment, whether there is a GPU, and what comes of it
     "the defaults are the usual recipe": ({}, {}, True, RECIPE | {"max_train_samples": None}),
     "later presets win": ({"preset": "demo, recommended"}, {}, True, {"learning_rate": 5e-4, "max_length": 64}),
-    "and in this order, too": (
-        {"preset": ["Recommended", "demo"]},
-        {},
-        True,
-        {"learning_rate": 1e-3, "tail_share": 0.5},
-    ),
+    "and so": ({"preset": ["Recommended", "demo"]}, {}, True, {"learning_rate": 1e-3, "tail_share": 0.5}),
     "a preset of the environment": ({}, {"QLORA_PRESET": "lean"}, True, {"quantize_embeddings": True}),
     "or not": ({"preset": "fast"}, {"QLORA_PRESET": "lean"}, True, {"quantize_embeddings": False}),
     "the environment wins over presets": ({"preset": "recommended"}, ENVIRON, True, {"tail_share": 0.2, "seed": 42}),
