@@ -32,6 +32,24 @@ from traitlets import Type
 class Shell(ZMQInteractiveShell): __module__ = "google.colab._shell"
 class Kernel(Asking): shell_class = Type(Shell)
 """,
+    # Their processors have AVX512-BF16: bitsandbytes then warns on stderr while it is imported. Python runs this first.
+    "sitecustomize.py": """
+import importlib.util, sys
+class ImportsWithAvx:
+    def find_spec(self, name, path, target=None):
+        if name != "bitsandbytes.backends.cpu.ops": return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            functional = sys.modules["bitsandbytes.functional"]
+            answer, functional.has_avx512bf16 = functional.has_avx512bf16, lambda: True
+            load(module)
+            functional.has_avx512bf16 = answer  # 4-bit layers must not use what this processor lacks
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, ImportsWithAvx())
+""",
     # Root ignores permissions unless CAP_DAC_OVERRIDE leaves the bounding set before a program starts.
     "obeying.py": """
 import ctypes, os, sys

@@ -131,6 +131,13 @@ def test_resumed_it_ends_as_if_it_had_not_been_interrupted(tmp_path, capsys, bro
     assert (adapter(resumed) - adapter(whole)).abs().max() < 1e-6 and resumed.state.global_step == 20
 
 
+@pytest.mark.parametrize("preset", ["", "fast"])
+def test_steps_with_class_weights_are_captured(tmp_path, preset):
+    config = config_for(make_bert(tmp_path / "bert"), tmp_path, preset, class_weights="balanced")
+    trainer, _ = train(config, rows_of(1600))
+    assert trainer.steps["captured"] > 0.8 * trainer.steps["all"]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_run_is_captured_scored_and_merged(tmp_path, preset):
     bert = make_bert(tmp_path / "bert")

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -94,6 +95,12 @@ def test_without_an_accepted_key_nothing_is_started(start, unauthorized, tmp_pat
     logs, line = start({}, WANDB_BASE_URL=unauthorized, **environ)
     assert not logs and word in line and not [*tmp_path.glob("wandb/*run-*")]
     assert wandb.init.called == (word == "OSError")
+
+
+def test_without_the_package_one_line_says_so(notebook, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = notebook.start_wandb("project", {}, {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"})
+    assert "not used" in line and "ModuleNotFoundError" in line
 
 
 def test_without_a_network_settings_and_scores_are_kept_without_paths(notebook, tiny_config, start, train, tmp_path):
