@@ -14,6 +14,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -130,6 +131,15 @@ def model_folder(name: str, tiny: bool) -> str:
     return str(assets[name]()) if name in assets else name
 
 
+@dataclass
+class Task:
+    """What the notebook's functions take beside the configuration: classes, new modules, tokenizer."""
+
+    names: list[str]
+    head: list[str]
+    tokenizer: object
+
+
 def settle(**settings) -> tuple:
     """Return the configuration of `settings` (presets included) on this device, and the task of its model: two classes.
 
@@ -138,9 +148,18 @@ def settle(**settings) -> tuple:
     nb = notebook()
     presets = ",".join(filter(None, ["full", settings.pop("preset", "")]))
     settings = {"output_dir": tempfile.mkdtemp(prefix="study-"), **settings, "preset": presets}
-    config, _ = nb.resolve_config(settings, {}, nb.torch.cuda.is_available())
-    tokenizer, head, _, config = nb.check_model(config)
-    return config, nb.Task(tokenizer, ["negative", "positive"], head)
+    config, sources = nb.resolve_config(settings, {}, nb.torch.cuda.is_available())
+    tokenizer, about = nb.open_checkpoint(config)
+    config = nb.fit_to_model(config, sources, about)
+    names = ["negative", "positive"]
+    model, report = nb.load_classifier(config, names)
+    return config, Task(names, nb.new_modules(model, report), tokenizer)
+
+
+def drop_graphs(trainer) -> None:
+    """Free the CUDA graphs of a training, if it has any."""
+    if isinstance(trainer.training_step, notebook().CapturedSteps):
+        trainer.training_step.graphs.clear()
 
 
 def base_here(base: str) -> str:

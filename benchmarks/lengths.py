@@ -22,10 +22,12 @@ def measure(train, length: int, preset: str, step: int, folder: str) -> dict:
     """
     nb = common.notebook()
     config, task = common.settle(model_name=folder, max_length=length, preset=preset, num_train_epochs=1)
-    held = nb.clear_gpu()
-    texts = nb.tokenize(train, task.tokenizer, config)
-    training = nb.training_arguments(config, nb.Path(config.output_dir), **nb.QUIET)
-    trainer = nb.make_trainer(nb.build_qlora(config, task), config, training, task.tokenizer, texts)
+    held = nb.free_memory()
+    texts = nb.tokenize(train, task.tokenizer, config.max_length)
+    training = nb.brief_arguments(config, config.output_dir)
+    model = nb.build_qlora(config, task.names, task.head)
+    trainer = nb.make_trainer(model, config, training, task.tokenizer, texts)
+    trainer.remove_callback(nb.PrinterCallback)
     trainer.data_collator.pad_to_multiple_of = step
     masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     filled, size = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
@@ -34,12 +36,12 @@ def measure(train, length: int, preset: str, step: int, folder: str) -> dict:
     start = time.perf_counter()
     trainer.train()
     row["samples_per_second"] = len(texts) / (time.perf_counter() - start)
-    row["captured"], reserved = trainer.steps["captured"] / trainer.steps["all"], []
+    row["captured"], reserved = common.notebook().captured_share(trainer), []
     row["peak_mb"] = cuda and (cuda.max_memory_allocated() - held) / 1e6
     for _ in range(2):  # with the graphs, and without
         gc.collect(), cuda and cuda.empty_cache()
         reserved.append(cuda.memory_reserved() / 1e6 if cuda else 0)
-        trainer.graphs.clear()
+        common.drop_graphs(trainer)
     return row | {"graphs_mb": cuda and reserved[0] - reserved[1]}
 
 

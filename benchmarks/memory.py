@@ -16,8 +16,7 @@ STEPS = {  # from full fine-tuning to the preset `lean`, one component after the
     "4-bit matrices": ("4-bit", True, FULL),
     "gradient checkpointing": ("4-bit", True, FULL | {"gradient_checkpointing": True}),
     "paged 8-bit AdamW: the default": ("4-bit", True, {}),
-    "frozen tensors in 16 bits": ("4-bit", True, {"frozen_dtype": "compute"}),
-    "4-bit word embeddings: lean": ("4-bit", True, {"preset": "lean"}),
+    "frozen tensors in 16 bits: lean": ("4-bit", True, {"preset": "lean"}),
 }
 METHODS = {
     "full fine-tuning": ("float32", False, FULL),
@@ -28,12 +27,15 @@ METHODS = {
 
 
 def measure(method: tuple, folder: str, batch: dict, length: int, steps: int) -> dict:
-    """Return the notebook's figures of a method on texts of `length` tokens."""
+    """Return the notebook's figures of a method (base, adapters, settings) on texts of `length` tokens."""
     base, adapters, settings = method
     settings = {"model_name": folder, "max_length": length, "efficiency_steps": steps} | settings | batch
     config, task = common.settle(**settings)
     texts = common.random_texts(config.per_device_train_batch_size * config.gradient_accumulation_steps, length)
-    return common.notebook().measure_method(base, adapters, config, task, texts)
+    nb = common.notebook()
+    row = nb.measure_method(nb.Method("", base, adapters, config), task.names, task.head, task.tokenizer, texts)
+    del row["method"]  # the study has names of its own
+    return row
 
 
 def largest_batch(method: tuple, folder: str, length: int, room_mb: float, growth: list[dict]) -> dict:

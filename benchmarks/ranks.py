@@ -14,14 +14,15 @@ from benchmarks.recipes import mean_and_interval
 def measure(modules: str, rank: int, seed: int, config, task, tokenized, splits, train_rows: int) -> dict:
     """Train `modules` at a rank, briefly, and return the accuracy on the validation split, text by text as well."""
     nb = common.notebook()
-    config = config.model_copy(update={"seed": seed})
+    config = nb.with_rank(config.model_copy(update={"seed": seed}), rank)
     if modules == "all-linear":
         config = config.model_copy(update={"target_modules": [modules]})
     train = tokenized["train"].shuffle(seed=seed)
-    model = nb.train_briefly(config, task, train.select(range(min(train_rows, len(train)))), rank)
+    train = train.select(range(min(train_rows, len(train))))
+    model = nb.train_briefly(config, task.names, task.head, task.tokenizer, train)
     logits = nb.predict_logits(model, list(splits["validation"]["text"]), config, task.tokenizer)
     right = logits.argmax(-1) == np.array(splits["validation"]["label"])
-    parameters = nb.trained_at_rank(config, task, rank)
+    parameters = int(nb.storage(model).loc["all", "trained"])  # the head's are among them
     return {"parameters": parameters, "accuracy": float(right.mean()), "right": common.pack(right)}
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     folder, nb = common.model_folder(arguments.model, arguments.tiny), common.notebook()
     config, task = common.settle(model_name=folder, preset=arguments.preset)
     splits = common.load_texts(arguments.dataset, config, arguments.tiny)
-    tokenized = {name: nb.tokenize(split, task.tokenizer, config) for name, split in splits.items()}
+    tokenized = {name: nb.tokenize(split, task.tokenizer, config.max_length) for name, split in splits.items()}
     choices = [(modules, rank) for modules in ("query, value", "all-linear") for rank in arguments.ranks]
     summary = []
     for modules, rank in choices:

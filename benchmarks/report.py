@@ -220,23 +220,6 @@ def ranks(results: dict, file: str, folder: Path | None) -> str:
     return "\n\n".join([heading, lead, markdown(shown.set_index("modules")), source(results, file, figure)]) + "\n"
 
 
-def scaling(results: dict, file: str, folder: Path | None) -> str:
-    """Return the section on several GPUs."""
-    frame = pd.DataFrame(results["runs"]).groupby(["model", "method", "batch", "processes"], sort=False)
-    frame = frame[["samples_per_second", "peak_mb"]].median().reset_index()
-    keys = ["model", "method", "batch"]
-    one = frame[frame["processes"] == 1].set_index(keys)["samples_per_second"].rename("texts/s of one")
-    several = frame[frame["processes"] > 1].join(one, on=keys)
-    several["speed-up"] = several["samples_per_second"] / several["texts/s of one"]
-    lead = f"From {several['speed-up'].min():.2f} to {several['speed-up'].max():.2f} times the speed of one."
-    names = {"batch": "texts per step", "samples_per_second": "texts/s of all", "peak_mb": "peak of each, MB"}
-    shown = several.rename(columns=names).set_index("model")
-    for column in ("texts/s of one", "texts/s of all", "peak of each, MB", "speed-up"):
-        shown[column] = [number(value, 2 if column == "speed-up" else 0) for value in shown[column]]
-    table = markdown(shown)
-    return "\n\n".join(["## What do two GPUs bring?", lead, table, source(results, file)]) + "\n"
-
-
 def lengths(results: dict, file: str, folder: Path | None) -> str:
     """Return the section on padding."""
     frame = pd.DataFrame(results["runs"]).set_index(["texts", "preset"]).rename(columns={"step": "padded to"})
@@ -274,7 +257,7 @@ def overview(results: dict, folder: Path) -> None:
 
 
 SECTIONS = {"accuracy.json": accuracy, "accuracy-small.json": accuracy, "speed.json": speed}
-SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "lengths.json": lengths, "scaling.json": scaling}
+SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "lengths.json": lengths}
 
 
 def write(read: Path, text: Path, folder: Path | None) -> None:

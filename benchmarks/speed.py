@@ -3,7 +3,7 @@
     python -m benchmarks.speed --model random base
 
 Each method trains on texts of the full length, `--rounds` times in turn with the others; the speed is the median.
-`eager` launches every kernel from Python, `captured` replays CUDA graphs, `compiled` is Trainer's `torch_compile=True`.
+`eager` launches every kernel from Python, `captured` replays CUDA graphs.
 """
 
 import time
@@ -16,47 +16,29 @@ EAGER, WHOLE = {"cuda_graphs": False}, {"per_device_train_batch_size": 32, "grad
 CHECKPOINTED = {"gradient_checkpointing": True}
 
 
-def methods() -> dict[str, tuple[str, bool, dict, dict]]:
-    """Return by name: the dtype of the base, whether with adapters, the settings, and Trainer's own arguments."""
+def methods() -> dict[str, tuple[str, bool, dict]]:
+    """Return by name: the dtype of the base, whether with adapters, and the settings."""
     table = {}
     for name, base, adapters in (("full fp16", "float32", False), ("LoRA fp16", "float16", True)):
         for launch, graphs in (("eager", EAGER), ("captured", {})):
             for batch, whole in (("16 x 2", {}), ("32 x 1", WHOLE)):
                 for kept, again in (("", {}), (", checkpointed", CHECKPOINTED)):
-                    table[f"{name}, {launch}, {batch}{kept}"] = (base, adapters, FULL | graphs | whole | again, {})
+                    table[f"{name}, {launch}, {batch}{kept}"] = (base, adapters, FULL | graphs | whole | again)
     for name, preset in (("default", ""), ("fast", "fast"), ("lean", "lean")):
-        table[f"QLoRA {name}, eager"] = ("4-bit", True, {"preset": preset} | EAGER, {})
-        table[f"QLoRA {name}, captured"] = ("4-bit", True, {"preset": preset}, {})
-    for mode in ("default", "reduce-overhead"):
-        compiled = {"torch_compile": True, "torch_compile_mode": mode}
-        table[f"full fp16, compiled ({mode})"] = ("float32", False, FULL | WHOLE | EAGER, compiled)
-        own = compiled | {"gradient_checkpointing": True}  # transformers' own: ours cannot be compiled
-        plain = EAGER | {"gradient_checkpointing": False}
-        table[f"QLoRA default, compiled ({mode})"] = ("4-bit", True, plain, own)
+        table[f"QLoRA {name}, eager"] = ("4-bit", True, {"preset": preset} | EAGER)
+        table[f"QLoRA {name}, captured"] = ("4-bit", True, {"preset": preset})
     return table
 
 
 def measure(name: str, folder: str, length: int, steps: int) -> dict:
-    """Return what a method costs: speed, peak, trained parameters, MB of weights, seconds before the timed steps.
-
-    Where it fails, the reason stands under `error`.
-    """
-    nb, (base, adapters, settings, changes) = common.notebook(), methods()[name]
+    """Return what a method costs: speed, peak, trained parameters, MB of weights, seconds before the timed steps."""
+    nb, (base, adapters, settings) = common.notebook(), methods()[name]
     config, task = common.settle(model_name=folder, max_length=length, efficiency_steps=steps, **settings)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     start = time.perf_counter()
-    if "torch_compile" in changes and not nb.torch.cuda.is_available():
-        return {"measured": False, "error": "compiling is measured on a GPU only"}
-    try:
-        row = nb.measure_method(
-            common.base_here(base), adapters, config, task, common.random_texts(batch, length), **changes
-        )
-    except Exception as error:  # of the compiler: reported, like a figure
-        if "torch_compile" not in changes:
-            raise
-        return {"measured": False, "error": f"{type(error).__name__}: {' '.join(str(error).split()):.90}"}
-    finally:
-        nb.torch._dynamo.reset()
+    method = nb.Method(name, common.base_here(base), adapters, config)
+    texts = common.random_texts(batch, length)
+    row = nb.measure_method(method, task.names, task.head, task.tokenizer, texts)
     timed = steps * batch / row["samples_per_second"] if row["measured"] else None
     return row | {"startup_seconds": timed and time.perf_counter() - start - timed}
 
@@ -80,7 +62,7 @@ def floors(folder: str, length: int) -> dict:
     ids = torch.ones((32, length), dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         plain(input_ids=ids, labels=ids[:, 0]).loss.backward()
-    model, kept = nb.build_qlora(config, task).train(), {}
+    model, kept = nb.build_qlora(config, task.names, task.head).train(), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         texts = {"input_ids": ids.new_full((4, length), 1000, device=device)}
         model(**texts, labels=texts["input_ids"].new_zeros(4))
@@ -128,10 +110,13 @@ def kernels(folder: str, length: int, steps: int) -> dict[str, float]:
                 nb.torch.cuda.synchronize()
                 profiler.stop()
 
-    once = {"num_train_epochs": 1, "train_sampling_strategy": "random"}
-    arguments = nb.training_arguments(config, nb.Path(config.output_dir), **nb.QUIET, **once)
-    texts, model = common.random_texts(32 * (6 + steps), length), nb.build_qlora(config, task)
-    nb.make_trainer(model, config, arguments, task.tokenizer, texts, callbacks=[Profile()]).train()
+    once = config.model_copy(update={"num_train_epochs": 1, "train_sampling_strategy": "random"})
+    arguments = nb.brief_arguments(once, config.output_dir)
+    texts = common.random_texts(32 * (6 + steps), length)
+    model = nb.build_qlora(config, task.names, task.head)
+    trainer = nb.make_trainer(model, config, arguments, task.tokenizer, texts, callbacks=[Profile()])
+    trainer.remove_callback(nb.PrinterCallback)
+    trainer.train()
     totals = dict.fromkeys([*GROUPS, "other"], 0.0)
     for event in profiler.key_averages():
         fits = (group for group, words in GROUPS.items() if re.search(words, event.key, re.IGNORECASE))
@@ -192,9 +177,8 @@ def main() -> None:
         measure(next(iter(chosen)), folder, arguments.length, 1)  # the first model on a GPU is slow
         for turn in range(arguments.rounds):
             for method in chosen:
-                if turn == 0 or "compiled" not in method:
-                    key = {"model": name, "method": method, "round": turn}
-                    study.add(key, lambda m=method, f=folder: measure(m, f, arguments.length, arguments.steps))
+                key = {"model": name, "method": method, "round": turn}
+                study.add(key, lambda m=method, f=folder: measure(m, f, arguments.length, arguments.steps))
         once = {"model": name, "method": "floors"}
         floor = study.add(once, lambda f=folder: floors(f, arguments.length) | {"measured": False})
         once = {"model": name, "method": "kernels"}

@@ -1,4 +1,7 @@
-"""The notebook's imports, constants, functions and classes as a module, made without running anything else of it."""
+"""The notebook's imports, constants, functions and classes as a module.
+
+Nothing else of the notebook is run.
+"""
 
 import ast
 import json
@@ -6,25 +9,38 @@ import sys
 import types
 from pathlib import Path
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "QLoRA_BERT_TextClassification.ipynb"
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
+
+
+def is_constant(target: ast.expr) -> bool:
+    """Tell whether the target of an assignment is a name like LIMIT.
+
+    A single letter is none: in the lesson, W is a matrix.
+    """
+    return isinstance(target, ast.Name) and target.id.isupper() and len(target.id) > 1
 
 
 def is_definition(node: ast.stmt) -> bool:
-    """Tell whether a statement imports, defines, or names a constant, and does nothing else."""
-    if isinstance(node, (ast.Assign, ast.AugAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
-        return bool(names) and all(name[0].isupper() and len(name) > 1 for name in names)
+    """Tell whether a statement only imports, or defines something."""
+    if isinstance(node, ast.Assign):
+        return all(is_constant(target) for target in node.targets)
+    if isinstance(node, ast.AugAssign):
+        return is_constant(node.target)
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
 
 
 def import_definitions() -> types.ModuleType:
-    """Return the definitions of the notebook's code cells as the module `notebook_definitions`."""
+    """Return the definitions of all code cells as the module `notebook_definitions`."""
     module = types.ModuleType("notebook_definitions")
-    sys.modules[module.__name__] = module  # pydantic and multiprocessing look names up there
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    for index, cell in enumerate(cell for cell in cells if cell["cell_type"] == "code"):
+    # pydantic and multiprocessing look names up there
+    sys.modules["notebook_definitions"] = module
+    number = 0
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        number += 1
         tree = ast.parse("".join(cell["source"]))
         tree.body = [node for node in tree.body if is_definition(node)]
-        exec(compile(tree, f"<code cell {index + 1}>", "exec"), module.__dict__)
+        exec(compile(tree, f"<code cell {number}>", "exec"), module.__dict__)
     return module

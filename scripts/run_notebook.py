@@ -1,7 +1,8 @@
-"""Execute the notebook top to bottom with its progress in the terminal, on real input: what `make run` runs.
+"""Execute the notebook top to bottom, with its progress in the terminal: `make run`.
 
-Where the Hugging Face Hub answers, the notebook fetches its own model and data. Where it does not, the offline assets
-stand in, with the demo preset. Settings (`QLORA_*`) of the environment or of `.env` win over both.
+Where the Hugging Face Hub answers, the notebook fetches its own model and data. Where
+it does not, the offline assets stand in, with the demo preset. Settings win over both:
+those of the notebook's own cell first, then `QLORA_*` of the environment and `.env`.
 """
 
 import ast
@@ -11,164 +12,237 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import MutableMapping
-from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import offline_assets
 from dotenv import load_dotenv
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = "QLoRA_BERT_TextClassification.ipynb"
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from notebook_api import NOTEBOOK, ROOT
 
 
 def hub_is_reached(timeout: float = 5.0) -> bool:
-    """Tell whether the Hub may be used (`HF_HUB_OFFLINE` is not set) and answers within `timeout` seconds."""
-    from huggingface_hub import constants, get_session  # here: at import it reads the environment, .env included
+    """Tell whether the Hub may be used (no `HF_HUB_OFFLINE`) and answers in time."""
+    # imported here, since it reads the environment then, and `.env` is part of that
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception:  # offline mode, no name server, refused, timed out: all mean the same here
+    except Exception:  # offline mode, no name server, refused, timed out: all the same
         return False
     return True
 
 
-def with_home(path: Path) -> str:
-    """Return `path` below this repository, or with the home folder as `~`, so that outputs can be shared."""
+def shown_path(path: Path) -> str:
+    """Return a path within this repository, or with the home folder as `~`.
+
+    So outputs can be shared: they do not hold the user's name.
+    """
     if path.is_relative_to(ROOT):
         return str(path.relative_to(ROOT))
-    return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
+    if path.is_relative_to(Path.home()):
+        return f"~/{path.relative_to(Path.home()).as_posix()}"
+    return str(path)
 
 
-def own_settings(nb: nbformat.NotebookNode) -> dict[str, str]:
-    """Return the literal `settings` of the notebook's cell for them, by the names that they have in an environment."""
-    values = {}
-    for cell in [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]:
-        with suppress(ValueError, IndexError, AttributeError):  # no literal
-            values |= ast.literal_eval(ast.parse(cell.source).body[-1].value)
-    return {f"QLORA_{name.upper()}": str(value) for name, value in values.items()}
+def own_settings(notebook: nbformat.NotebookNode) -> dict:
+    """Return the `settings` of the notebook's cell for them, if they are literal."""
+    settings = {}
+    for cell in notebook.cells:
+        if "parameters" not in cell.metadata.get("tags", []):
+            continue
+        try:
+            for statement in ast.parse(cell.source).body:
+                if ast.unparse(statement).startswith("settings = "):
+                    settings = ast.literal_eval(statement.value)
+        except (SyntaxError, ValueError):
+            pass  # not literal
+    return settings
 
 
-def use_offline_assets(environ: MutableMapping[str, str], own: dict[str, str]) -> None:
-    """Let the notebook run without the Hub: on the offline assets, where neither `environ` nor its `own` settings name
-    others. The demo's settings come with its data alone: who names data of their own gets the notebook's defaults."""
-    if not (own.get("QLORA_MODEL_NAME") or environ.get("QLORA_MODEL_NAME")):
-        environ["QLORA_MODEL_NAME"] = with_home(offline_assets.ensure_model())
-    if not (own.get("QLORA_DATASET_NAME") or environ.get("QLORA_DATASET_NAME")):
-        environ["QLORA_DATASET_NAME"] = with_home(offline_assets.ensure_reviews())
-        for name, value in {"PRESET": "demo", "MAX_TRAIN_SAMPLES": "2500", "VALIDATION_SHARE": "0.05"}.items():
-            environ.setdefault(f"QLORA_{name}", value)
+def chosen(field: str, own: dict, environ: MutableMapping[str, str]) -> str:
+    """Return a setting as the notebook will read it; empty where nothing sets it."""
+    return str(own.get(field) or environ.get(f"QLORA_{field.upper()}") or "")
+
+
+def use_offline_assets(own: dict, environ: MutableMapping[str, str]) -> None:
+    """Let the notebook run without the Hub, on the offline assets.
+
+    They stand in where neither its `own` settings nor `environ` name others. The demo's
+    settings come with its data alone: who names other data gets the defaults.
+    """
+    environ["HF_HUB_OFFLINE"] = "1"  # nothing in the notebook waits for the Hub
+    if not chosen("model_name", own, environ):
+        environ["QLORA_MODEL_NAME"] = shown_path(offline_assets.ensure_model())
+    if not chosen("dataset_name", own, environ):
+        environ["QLORA_DATASET_NAME"] = shown_path(offline_assets.ensure_reviews())
+        environ.setdefault("QLORA_PRESET", "demo")
+        environ.setdefault("QLORA_MAX_TRAIN_SAMPLES", "2500")
+        environ.setdefault("QLORA_VALIDATION_SHARE", "0.05")
 
 
 class ProgressClient(NotebookClient):
-    """Execute a notebook, printing each cell as it starts, what it prints, and its progress bars; time its sections."""
+    """Execute a notebook; show each cell as it starts, and what it prints."""
 
-    last_bar = 0.0
+    def __init__(self, notebook: nbformat.NotebookNode, folder: Path):
+        super().__init__(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(folder)}},
+            # the kernel warns that it speaks plain TCP, on this machine alone
+            extra_arguments=["--log-level=ERROR"],
+            on_cell_execute=self.cell_starts,
+            on_cell_executed=self.cell_ends,
+        )
+        self.seconds = Counter()  # of each section
+        self.cell_start = 0.0
+        self.last_bar = 0.0
+        self.numbers = {}  # place of a code cell -> its number
+        self.sections = {}  # place of a code cell -> the heading above it
+        section = ""
+        for place, cell in enumerate(notebook.cells):
+            if cell.cell_type == "code":
+                self.numbers[place] = len(self.numbers) + 1
+                self.sections[place] = section
+            for heading in re.findall(r"^## (.+)$", cell.source, re.MULTILINE):
+                if cell.cell_type == "markdown":
+                    section = heading
 
-    def announce(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
-        """Print the heading above a code cell, and the cell's number and first line; note when a section begins."""
-        before = [each.source for each in self.nb.cells[:cell_index] if each.cell_type == "markdown"]
-        heading = (re.findall(r"^## (.+)$", "\n".join(before), flags=re.MULTILINE) or [""])[-1]
-        if heading not in self.begun:
-            self.begun[heading] = time.monotonic()
-            print(f"\n== {heading}")
-        numbers = [index for index, each in enumerate(self.nb.cells) if each.cell_type == "code"]
-        lines = [line for line in cell.source.splitlines() if line.strip()]
-        title = lines[0].removeprefix("# @title ")[:100]
-        print(f"[{numbers.index(cell_index) + 1:>2}/{len(numbers)}] {title}", flush=True)
+    def cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        """Print the cell's number and first line, and the heading of a new section."""
+        section = self.sections[cell_index]
+        if section not in self.seconds:
+            print(f"\n== {section}")
+        first_line = cell.source.strip().splitlines()[0].removeprefix("# @title ")
+        number = self.numbers[cell_index]
+        print(f"[{number:>2}/{len(self.numbers)}] {first_line:.100}", flush=True)
+        self.cell_start = time.monotonic()
 
-    def seconds(self) -> dict[str, float]:
-        """Return how long each section took, by its name; a section whose end was not reached is missing."""
-        begun = list(self.begun.items())
-        return {name: end - start for (name, start), (_, end) in zip(begun, begun[1:])}
+    def cell_ends(self, cell_index: int, **others) -> None:
+        """Add the cell's time to that of its section."""
+        section = self.sections[cell_index]
+        self.seconds[section] += time.monotonic() - self.cell_start
 
     def process_message(self, msg, cell, cell_index):
+        """Print what the cell prints and, every ten seconds, its progress bar."""
         content = msg["content"]
         if msg["msg_type"] == "stream":
             print(content["text"], end="", flush=True)
-        elif msg["msg_type"] in ("display_data", "update_display_data"):
-            shown = content["data"].get("text/html", "")
-            bar = re.search(r"\[ *\d+/\d+[^\]]*\]", re.sub(r"</?[a-z][^>]*>", " ", shown))
-            if bar and "<progress" in shown and time.monotonic() - self.last_bar > 10:
-                self.last_bar = time.monotonic()
-                print("      " + " ".join(bar.group().split()), flush=True)
+        if msg["msg_type"] in ("display_data", "update_display_data"):
+            markup = content["data"].get("text/html", "")
+            if "<progress" in markup and time.monotonic() - self.last_bar > 10:
+                self.print_bar(markup)
         return super().process_message(msg, cell, cell_index)
 
+    def print_bar(self, markup: str) -> None:
+        """Print the numbers of Trainer's progress bar."""
+        text = re.sub(r"</?[a-z][^>]*>", " ", markup)
+        numbers = re.search(r"\[ *\d+/\d+[^\]]*\]", text)
+        if numbers:
+            self.last_bar = time.monotonic()
+            print("      " + " ".join(numbers[0].split()), flush=True)
 
-def execute(notebook: Path, executed: Path, folder: Path) -> dict[str, float]:
-    """Execute `notebook` in `folder`, write it with its outputs to `executed`, also when a cell fails, and return the
-    seconds of each section.
 
-    Raises:
-        SystemExit: a cell failed; the message is the cell's error.
+def execute(path: Path, executed: Path, folder: Path) -> dict[str, float]:
+    """Execute the notebook `path` in `folder`, and return the seconds of each section.
+
+    It is written to `executed` with its outputs, also when a cell fails. Raises
+    SystemExit: a cell failed, or the kernel died; says why.
     """
-    nb = nbformat.read(notebook, as_version=4)
-    client = ProgressClient(
-        nb, timeout=None, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}}
-    )
-    client.extra_arguments = ["--log-level=ERROR"]  # the kernel warns that it speaks plain TCP, on this machine alone
-    client.begun, client.on_cell_execute = {}, client.announce
+    notebook = nbformat.read(path, as_version=4)
+    client = ProgressClient(notebook, folder)
     executed.parent.mkdir(parents=True, exist_ok=True)
+    reason = ""
     try:
         client.execute()
     except CellExecutionError as error:
-        raise SystemExit(
-            f"\n{error.ename}: {error.evalue}\nThe cells up to here, and their outputs: {with_home(executed)}"
-        ) from None
+        reason = f"{error.ename}: {error.evalue}"
+    except (DeadKernelError, AssertionError):  # nbclient asserts that there is a kernel
+        reason = "The notebook's process was killed: is there enough memory?"
     finally:
-        nbformat.write(nb, executed)
-    client.begun["end"] = time.monotonic()
-    return client.seconds()
+        nbformat.write(notebook, executed)
+    if reason:
+        raise SystemExit(
+            f"\n{reason}\n"
+            f"The cells up to here, and their outputs: {shown_path(executed)}"
+        )
+    return dict(client.seconds)
+
+
+def add_sections(path: Path, seconds: dict[str, float]) -> dict:
+    """Add the seconds of each section to the results in `path`, and return all."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["sections"] = {name: round(value, 1) for name, value in seconds.items()}
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
 
 
 def peak_memory_gb() -> float:
-    """Return the largest resident memory of a finished child process, the notebook's kernel, in GB (10^9 bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
+    """Return the most memory that a finished child, the kernel, held (10^9 bytes)."""
+    size = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    if sys.platform == "darwin":
+        return size / 1e9  # macOS counts bytes, Linux KiB
+    return size * 1024 / 1e9
+
+
+def score_line(name: str, scores: dict) -> str:
+    """Return a line of the summary: accuracy with its interval, and macro F1."""
+    low, high = scores["accuracy_ci95"]
+    interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+    macro_f1 = f"macro F1 {scores['f1_macro']:.1%}"
+    return f"{name:<24}{scores['accuracy']:.1%} {interval}; {macro_f1}"
 
 
 def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> str:
     """Return what `make run` ends with: scores, times and where everything is."""
-
-    def percent(scores: dict) -> str:
-        low, high = scores["accuracy_ci95"]
-        return f"{scores['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]; macro F1 {scores['f1_macro']:.1%}"
-
-    about, trained, seconds = results["provenance"], results["training"]["seconds"], sum(results["sections"].values())
-    scores = {"QLoRA adapter": results["test"], "merged model": results["test_merged"], **results["baselines"]}
-    rest = {
-        "largest class": f"{about['largest_class']:.1%}",
-        "time, memory": f"{seconds:.0f} s, training {trained:.0f} s of it; {peak_memory_gb():.1f} GB",
-        "results and plots": f"{data_dir}/",
-        "adapter, merged model": f"{output_dir}/adapter/, {output_dir}/merged/",
-        "executed notebook": with_home(executed),
-    }
-    title = f"\n{about['model']} on {about['dataset']}, {results['test']['n']:,} test texts; {about['device']}"
-    rows = {name: percent(each) for name, each in scores.items()} | rest
-    return "\n".join([title, *(f"{name:<24}{row}" for name, row in rows.items())])
+    about = results["provenance"]
+    seconds = sum(results["sections"].values())
+    training = results["training"]["seconds"]
+    memory = peak_memory_gb()
+    n_texts = results["test"]["n"]
+    lines = [
+        f"\n{about['model']} on {about['dataset']}, {n_texts:,} test texts;"
+        f" {about['device']}",
+        score_line("QLoRA adapter", results["test"]),
+        score_line("merged model", results["test_merged"]),
+    ]
+    for name, scores in results["baselines"].items():
+        lines.append(score_line(name, scores))
+    lines += [
+        f"largest class           {about['largest_class']:.1%}",
+        f"time, memory            {seconds:.0f} s, training {training:.0f} s of it;"
+        f" {memory:.1f} GB",
+        f"results and plots       {data_dir}/",
+        f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",
+        f"executed notebook       {shown_path(executed)}",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Prepare the input, execute the notebook, add the sections' times to its results, and print the summary."""
+    """Prepare the input, execute the notebook, and print the summary."""
     os.chdir(ROOT)
     load_dotenv(".env")
     own = own_settings(nbformat.read(NOTEBOOK, as_version=4))
     if not hub_is_reached():
-        print("The Hugging Face Hub does not answer, or HF_HUB_OFFLINE is set: on the offline assets.", flush=True)
-        use_offline_assets(os.environ, own)
-    settings = os.environ | own
-    output_dir, data_dir = settings.get("QLORA_OUTPUT_DIR") or "outputs", settings.get("QLORA_DATA_DIR") or "Data"
-    executed = (ROOT / output_dir / NOTEBOOK).with_suffix(".executed.ipynb")
-    seconds = execute(ROOT / NOTEBOOK, executed, ROOT)
-    path = ROOT / data_dir / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    results["sections"] = {name: round(each, 1) for name, each in seconds.items()}
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(
+            "The Hugging Face Hub does not answer, or HF_HUB_OFFLINE is set:"
+            " on the offline assets.",
+            flush=True,
+        )
+        use_offline_assets(own, os.environ)
+    output_dir = chosen("output_dir", own, os.environ) or "outputs"
+    data_dir = chosen("data_dir", own, os.environ) or "Data"
+    executed = ROOT / output_dir / f"{NOTEBOOK.stem}.executed.ipynb"
+    seconds = execute(NOTEBOOK, executed, ROOT)
+    results = add_sections(ROOT / data_dir / "results.json", seconds)
     print(summary(results, data_dir, output_dir, executed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,8 @@
-"""Colab and Kaggle, imitated: the notebook alone in a folder, nothing writable above it, read-only input, nobody who
-answers. Both run it on the same real sentences and with the same settings, in Kaggle's case each cell twice in a row.
+"""Colab and Kaggle, imitated: the notebook alone in a folder, and no network.
+
+The input is read-only, nothing above the folder can be written, and nobody answers a
+question. Both run the notebook on the same sentences: Colab each cell once, without
+what sections 10 and 11 train; Kaggle each run cell twice in a row.
 """
 
 import ast
@@ -9,7 +12,6 @@ import re
 import shutil
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -20,151 +22,297 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from notebook_api import NOTEBOOK, is_definition
 
-# Colab's kernel and shell bear its name, by which libraries know it, and its vault of secrets is asked for HF_TOKEN.
-PACKAGES = {
-    "google/colab/__init__.py": "",
-    "google/colab/errors.py": "class Error(Exception): pass",
-    "google/colab/userdata.py": "class SecretNotFoundError(Exception): pass\ndef get(name): raise SecretNotFoundError",
-    "google/colab/_kernel.py": """
-from asking import Kernel as Asking
-from ipykernel.zmqshell import ZMQInteractiveShell
-from traitlets import Type
-class Shell(ZMQInteractiveShell): __module__ = "google.colab._shell"
-class Kernel(Asking): shell_class = Type(Shell)
-""",
-    # Their processors have AVX512-BF16: bitsandbytes then warns on stderr while it is imported. Python runs this first.
-    "sitecustomize.py": """
-import importlib.util, sys
-class ImportsWithAvx:
-    def find_spec(self, name, path, target=None):
-        if name != "bitsandbytes.backends.cpu.ops": return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            functional = sys.modules["bitsandbytes.functional"]
-            answer, functional.has_avx512bf16 = functional.has_avx512bf16, lambda: True
-            load(module)
-            functional.has_avx512bf16 = answer  # 4-bit layers must not use what this processor lacks
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, ImportsWithAvx())
-""",
-    # Root ignores permissions unless CAP_DAC_OVERRIDE leaves the bounding set before a program starts.
-    "obeying.py": """
-import ctypes, os, sys
-os.geteuid() or ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-""",
-    "asking.py": """
+NOBODY = "http://127.0.0.1:1"  # listens
+KEYS = {  # must be found nowhere
+    "WANDB_API_KEY": "canary0wandb" * 4,
+    "HF_TOKEN": "hf_canary0hub" * 3,
+}
+SETTINGS = {
+    "QLORA_PRESET": "full",
+    "QLORA_LABEL_COLUMN": "Verdict",
+    "QLORA_MAX_LENGTH": "32",
+    "QLORA_NUM_TRAIN_EPOCHS": "1",
+    "QLORA_LEARNING_RATE": "1e-2",  # enough to learn something
+    "QLORA_LORA_ALPHA": "64",
+    "QLORA_PER_DEVICE_TRAIN_BATCH_SIZE": "4",
+    "QLORA_GRADIENT_ACCUMULATION_STEPS": "1",
+    "QLORA_GRADIENT_CHECKPOINTING": "false",
+}
+WITHOUT_STUDIES = {"QLORA_EFFICIENCY_STEPS": "0", "QLORA_RANKS": "none"}
+SHORT_STUDIES = {
+    "QLORA_EFFICIENCY_STEPS": "1",
+    "QLORA_RANKS": "1",
+    "QLORA_RANK_TRAIN_SAMPLES": "32",
+    "QLORA_RANK_EPOCHS": "1",
+}
+KAGGLE = {
+    "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
+    "KAGGLE_URL_BASE": "https://www.kaggle.com",
+}
+
+# A kernel in which nobody answers: what is asked is noted, and raises an error.
+ASKING = """
 import os
 from ipykernel.ipkernel import IPythonKernel
+
+
 class Kernel(IPythonKernel):
     def raw_input(self, prompt=""):
-        with open(os.environ["ASKED"], "a") as file: print(prompt, file=file)
+        with open(os.environ["ASKED"], "a") as file:
+            print(prompt, file=file)
         raise EOFError("nobody answers")
+
     getpass = raw_input
-""",
+"""
+# Libraries know Colab by the names of its kernel and shell.
+COLAB_KERNEL = """
+from asking import Kernel as AskingKernel
+from ipykernel.zmqshell import ZMQInteractiveShell
+from traitlets import Type
+
+
+class Shell(ZMQInteractiveShell):
+    __module__ = "google.colab._shell"
+
+
+class Kernel(AskingKernel):
+    shell_class = Type(Shell)
+"""
+# huggingface_hub asks Colab's vault of secrets for a token.
+COLAB_SECRETS = """
+class SecretNotFoundError(Exception):
+    pass
+
+
+def get(name):
+    raise SecretNotFoundError
+"""
+# Python runs this first. Hosts have processors with AVX512-BF16; on those bitsandbytes
+# warns on stderr while it is imported.
+SITE = '''
+import sys
+from importlib.machinery import PathFinder, SourceFileLoader
+
+
+class Loader(SourceFileLoader):
+    """Import a module as on a processor with AVX512-BF16."""
+
+    def exec_module(self, module):
+        from bitsandbytes import functional
+
+        before = functional.has_avx512bf16
+        functional.has_avx512bf16 = lambda: True
+        super().exec_module(module)
+        functional.has_avx512bf16 = before  # layers must not use what is not there
+
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name != "bitsandbytes.backends.cpu.ops":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        spec.loader = Loader(name, spec.origin)
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+'''
+# Root ignores permissions, unless CAP_DAC_OVERRIDE (1) leaves the bounding set (24)
+# before a program starts.
+OBEYING = """
+import ctypes
+import os
+import sys
+
+if os.geteuid() == 0:
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+PACKAGES = {
+    "asking.py": ASKING,
+    "google/colab/__init__.py": "",
+    "google/colab/_kernel.py": COLAB_KERNEL,
+    "google/colab/errors.py": "class Error(Exception): pass",
+    "google/colab/userdata.py": COLAB_SECRETS,
+    "obeying.py": OBEYING,
+    "sitecustomize.py": SITE,
 }
-NOBODY = "http://127.0.0.1:1"
-KAGGLE = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive", "KAGGLE_URL_BASE": "https://www.kaggle.com"}
-CANARIES = {"WANDB_API_KEY": "canary0wandb" * 4, "HF_TOKEN": "hf_canary0hub" * 3}  # must be found nowhere
-SETTINGS = {"preset": "full", "label_column": "Verdict", "max_length": 32, "num_train_epochs": 1}
-SETTINGS |= {"efficiency_steps": 1, "ranks": 1, "rank_train_samples": 32, "rank_epochs": 1}
-SETTINGS |= {"learning_rate": 1e-2, "lora_alpha": 64, "gradient_checkpointing": False}  # enough to learn something
-SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
 class Host:
-    """The notebook in `folder/host/working`, and a kernel that runs its cells when told to."""
+    """The notebook in `folder/host/working`, and a kernel that runs its cells."""
 
-    def __init__(self, name: str, folder: Path, **settings):
-        self.name, self.folder, self.working = name, folder, folder / "host" / "working"
-        for file, source in PACKAGES.items():
-            (folder / "packages" / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "packages" / file).write_text(source)
+    def __init__(self, name, kernel_class, folder, environ, env_file):
+        self.name = name
+        self.folder = folder
+        self.working = folder / "host" / "working"
         self.working.mkdir(parents=True)
-        (folder / "home").mkdir()
         shutil.copy(NOTEBOOK, self.working)
-        environ = {each: v for each, v in os.environ.items() if not each.startswith(("QLORA_", "WANDB_", "HF_"))}
-        environ |= {"HOME": str(folder / "home"), "PYTHONPATH": str(folder / "packages"), "PIP_NO_INDEX": "1"}
-        environ |= {"ASKED": str(folder / "asked.txt"), "HF_ENDPOINT": NOBODY, "OMP_NUM_THREADS": "1"}
-        settings = {f"QLORA_{name.upper()}": str(value) for name, value in (SETTINGS | settings).items()}
-        if name == "kaggle":  # with keys, and Kaggle's internet off
-            lines = settings | CANARIES | {"WANDB_BASE_URL": NOBODY}
-            (self.working / ".env").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
-        self.environ = environ | (settings if name == "colab" else KAGGLE)
+        if env_file:
+            lines = [f"{key}={value}" for key, value in env_file.items()]
+            (self.working / ".env").write_text("\n".join(lines))
         self.working.parent.chmod(0o555)
-        kernel = "google.colab._kernel.Kernel" if name == "colab" else "asking.Kernel"
-        argv = [sys.executable, f"{folder}/packages/obeying.py", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        manager, self.nb = AsyncKernelManager(), nbformat.read(NOTEBOOK, as_version=4)
-        argv += [f"--IPKernelApp.kernel_class={kernel}"]
-        manager._kernel_spec = KernelSpec(argv=argv, display_name=name, language="python")
-        where = {"metadata": {"path": str(self.working)}}
-        self.client = NotebookClient(self.nb, km=manager, timeout=300, allow_errors=name == "colab", resources=where)
-        self.sections, section = {}, 0  # the code cells of each
-        for index, cell in enumerate(self.nb.cells):
-            section = int(([section] + re.findall(r"^## (\d+) ", cell.source, flags=re.MULTILINE))[-1])
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-                self.sections.setdefault(section, []).append(index)
+        self.environ = self.clean_environment()
+        self.environ.update(environ)
+        self.nb = nbformat.read(NOTEBOOK, as_version=4)
+        self.client = self.make_client(kernel_class)
+        self.sections = self.find_sections()
 
-    def run(self, index: int, source: str = "") -> list:
-        """Run a cell, or other source in its place, and return its outputs."""
-        own = self.nb.cells[index]
-        cell = nbformat.v4.new_code_cell(source) if source else own
+    def clean_environment(self):
+        """Return an environment with a home, and packages that imitate the host."""
+        packages = self.folder / "packages"
+        for file, source in PACKAGES.items():
+            (packages / file).parent.mkdir(parents=True, exist_ok=True)
+            (packages / file).write_text(source)
+        home = self.folder / "home"
+        home.mkdir()
+        environ = {}
+        for name, value in os.environ.items():
+            if not name.startswith(("QLORA_", "WANDB_", "HF_")):
+                environ[name] = value
+        environ["HOME"] = str(home)
+        environ["PYTHONPATH"] = str(packages)
+        environ["PIP_NO_INDEX"] = "1"
+        environ["HF_ENDPOINT"] = NOBODY
+        environ["OMP_NUM_THREADS"] = "1"
+        environ["ASKED"] = str(self.folder / "asked.txt")
+        return environ
+
+    def make_client(self, kernel_class):
+        """Return a client whose kernel obeys permissions."""
+        argv = [
+            sys.executable,
+            str(self.folder / "packages" / "obeying.py"),
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            f"--IPKernelApp.kernel_class={kernel_class}",
+        ]
+        manager = AsyncKernelManager()
+        manager._kernel_spec = KernelSpec(argv=argv, display_name=self.name)
+        where = {"metadata": {"path": str(self.working)}}
+        return NotebookClient(self.nb, km=manager, timeout=300, resources=where)
+
+    def find_sections(self):
+        """Empty all code cells; return the places of those of each section."""
+        sections = {}
+        section = 0
+        for place, cell in enumerate(self.nb.cells):
+            heading = re.search(r"^## (\d+) ", cell.source, flags=re.MULTILINE)
+            if cell.cell_type == "markdown" and heading:
+                section = int(heading[1])
+            if cell.cell_type == "code":
+                cell.outputs = []
+                cell.execution_count = None
+                sections.setdefault(section, []).append(place)
+        return sections
+
+    def run(self, place, source=""):
+        """Run a cell, or other source in its place; return its outputs."""
+        own = self.nb.cells[place]
+        cell = own
+        if source:
+            cell = nbformat.v4.new_code_cell(source)
         try:
-            self.client.execute_cell(cell, index)
+            self.client.execute_cell(cell, place)
         finally:
-            self.nb.cells[index] = own  # with its outputs
+            self.nb.cells[place] = own  # with its outputs
         return cell.outputs
 
-    def ask(self, expression: str):
-        """Return what an expression has for a value."""
-        (said,) = self.run(0, f"print(json.dumps({expression}, default=float))")
+    def ask(self, expression):
+        """Return the value of an expression."""
+        (said,) = self.run(0, f"print(json.dumps({expression}))")
         return json.loads(said.text)
 
-    def runs(self, index: int) -> bool:
+    def does_something(self, place):
         """Tell whether a cell does anything but define."""
-        return not all(map(is_definition, ast.parse(self.nb.cells[index].source).body))
+        tree = ast.parse(self.nb.cells[place].source)
+        return not all(is_definition(node) for node in tree.body)
 
-    def outputs(self, *kinds: str) -> list:
-        return [each for cell in self.nb.cells for each in cell.get("outputs", []) if each.output_type in kinds]
+    def run_all(self):
+        """Run each cell once, even where one before it failed."""
+        self.client.allow_errors = True
+        self.client.execute(env=self.environ)
 
-    def results(self) -> dict:
-        return json.loads((self.working / "Data" / "results.json").read_text(encoding="utf-8"))
+    def run_each_cell_twice(self):
+        """Run all cells, and those of sections 3 to 12 that do something once more.
 
-    def run_each_cell_twice(self) -> None:
-        """Run all cells, and those of sections 3 to 12 that do something once more; keep what was shown first."""
-        self.failed, self.early = {}, {}
-        for section, index in [(section, index) for section, indices in self.sections.items() for index in indices]:
-            self.early = self.early or (self.results() if section == 10 else {})
-            self.run(index)
-            source = self.nb.cells[index].source
-            try:
-                self.run(index, source) if 3 <= section <= 12 and self.runs(index) else None
-            except CellExecutionError as error:
-                self.failed[source] = f"{error.ename}: {error.evalue}"
+        What was shown first is kept. `failed` has what was raised the second time,
+        `early` the results when section 10 begins.
+        """
+        self.failed = {}
+        for section, places in self.sections.items():
+            if section == 10:
+                self.early = self.results()
+            for place in places:
+                self.run(place)
+                if 3 <= section <= 12 and self.does_something(place):
+                    self.run_again(place)
+
+    def run_again(self, place):
+        source = self.nb.cells[place].source
+        try:
+            self.run(place, source)
+        except CellExecutionError as error:
+            self.failed[source] = f"{error.ename}: {error.evalue}"
+
+    def outputs(self, *kinds):
+        """Return all outputs of these kinds."""
+        found = []
+        for cell in self.nb.cells:
+            for output in cell.get("outputs", []):
+                if output.output_type in kinds:
+                    found.append(output)
+        return found
+
+    def printed(self):
+        """Return all that was printed."""
+        return "".join(output.text for output in self.outputs("stream"))
+
+    def results(self):
+        """Return what results.json holds."""
+        path = self.working / "Data" / "results.json"
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def reviews(sentences):
-    """400 sentences of three classes: those with a quote or a question are neither praise nor pan."""
+    """400 sentences of three classes; one is of those with a quote or a question."""
     rows = sentences.sample(400, random_state=0)
     verdict = rows["label"].replace({"positive": "praise", "negative": "pan"})
     verdict = verdict.mask(rows["text"].str.contains("[?']"), "quote")
-    return rows.assign(Review=rows["text"], Verdict=verdict)[["Review", "Verdict"]]
+    rows["Review"] = rows["text"]
+    rows["Verdict"] = verdict
+    return rows[["Review", "Verdict"]]
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory, tiny_bert, reviews):
-    """Both hosts after a run from top to bottom, side by side; Kaggle's kernel can be asked."""
+    """Both hosts after a run from top to bottom; Kaggle's kernel can be asked."""
     data = tmp_path_factory.mktemp("input")
     reviews.to_csv(data / "reviews.csv", index=False)
     data.chmod(0o555)
-    settings = {"model_name": tiny_bert, "dataset_name": data / "reviews.csv"}
-    colab, kaggle = (Host(name, tmp_path_factory.mktemp(name), **settings) for name in ("colab", "kaggle"))
-    beside = threading.Thread(target=lambda: colab.client.execute(env=colab.environ))
+    settings = dict(SETTINGS)
+    settings["QLORA_MODEL_NAME"] = tiny_bert
+    settings["QLORA_DATASET_NAME"] = str(data / "reviews.csv")
+    of_kaggle = settings | SHORT_STUDIES | KEYS
+    of_kaggle["WANDB_BASE_URL"] = NOBODY
+    colab = Host(
+        "colab",
+        "google.colab._kernel.Kernel",
+        tmp_path_factory.mktemp("colab"),
+        environ=settings | WITHOUT_STUDIES,
+        env_file={},
+    )
+    kaggle = Host(
+        "kaggle",
+        "asking.Kernel",
+        tmp_path_factory.mktemp("kaggle"),
+        environ=KAGGLE,
+        env_file=of_kaggle,
+    )
+    beside = threading.Thread(target=colab.run_all)
     beside.start()
     with kaggle.client.setup_kernel(env=kaggle.environ):
         kaggle.run_each_cell_twice()
