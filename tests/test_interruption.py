@@ -227,9 +227,12 @@ def test_after_early_stopping_the_best_epoch_is_kept_and_nothing_trained_again(
     summary = summary_of(finished)
     assert summary["epochs"] == 4
     assert summary["best_epoch"] == 2
+    best = finished.parent / "checkpoint-20"
+    last = finished.parent / "checkpoint-40"
     kept = adapter_of(finished / "adapter")
-    assert torch.equal(kept, adapter_of(finished.parent / "checkpoint-20"))
-    assert not torch.equal(kept, adapter_of(finished.parent / "checkpoint-40"))
+    assert torch.equal(kept, adapter_of(best))
+    assert not torch.equal(kept, adapter_of(last))
+    assert notebook.last_checkpoint(finished.parent) == str(best)
 
 
 def test_early_stopping_counts_on_after_an_interruption(

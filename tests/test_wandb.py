@@ -157,7 +157,8 @@ def logged(folder, name):
     """Return the different numbers that were logged under a name."""
     (path,) = folder.glob("run-*.wandb")  # its entries are names and values in JSON
     pattern = re.escape(name.encode()) + rb"\W{1,4}?([0-9.]+)"
-    return {float(number) for number in re.findall(pattern, path.read_bytes())}
+    numbers = re.findall(pattern, path.read_bytes())
+    return {round(float(number), 6) for number in numbers}
 
 
 def test_settings_losses_and_scores_are_logged_offline(offline_run):
