@@ -310,7 +310,7 @@ def test_the_saved_run_is_without_errors_and_warnings(outputs, shown):
 
 @pytest.mark.usefixtures("outputs")
 def test_every_figure_of_the_saved_run_is_in_it():
-    cells = [cell for cell in code_cells() if "\nsave_figure(" in cell.source]
+    cells = [cell for cell in code_cells() if 'save_figure(figure, "' in cell.source]
     assert len(cells) == 6
     for cell in cells:
         assert any("image/png" in output.get("data", {}) for output in cell.outputs)

@@ -150,7 +150,7 @@ def test_without_its_studies_one_line_says_so_in_each_section(hosts):
         for place in hosts.colab.sections[section]:
             for output in hosts.colab.nb.cells[place].outputs:
                 said[section] += output.get("text", "")
-    assert said[10] == "efficiency_steps=0: nothing is measured.\n"
+    assert said[10].endswith("efficiency_steps=0: nothing is measured.\n")
     assert said[11] == "ranks is empty: none was trained.\n"
 
 
