@@ -22,6 +22,9 @@ INTRO = """# What many runs showed
 The notebook measures one run. This page holds what needs many: written by `python -m benchmarks.report` from the JSON
 files beside it, each of which has device, versions, commit and settings. Speeds are comparable within one file only.
 MB are 10^6 bytes; intervals are 95%.
+
+All rows are of the presets of November 2026: `recommended` then read 256 tokens, half of a cut text from its end, with
+frozen tensors in 32 bits (now 512 tokens, 16 bits), and `lean` had its word embeddings in 4 bits (now 16).
 """
 
 
