@@ -223,7 +223,7 @@ def test_a_path_that_does_not_exist_is_refused_by_name(notebook, tmp_path, monke
 
 
 @pytest.fixture
-def hub_folder(tmp_path, monkeypatch):
+def hub_folder(notebook, tmp_path, monkeypatch):
     """A repository as on the Hub, whose card names three splits; one has no labels."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     names = ClassLabel(names=["neg", "pos"])
@@ -237,6 +237,12 @@ def hub_folder(tmp_path, monkeypatch):
         rows.to_parquet(folder / f"{split}.parquet")
         card += f"  - split: {split}\n    path: {split}.parquet\n"
     write(folder / "README.md", f"{card}---\n")
+
+    def snapshot_download(name, repo_type, revision):
+        assert (name, repo_type, revision) == ("owner/name", "dataset", "main")
+        return str(folder)
+
+    monkeypatch.setattr(notebook.hub, "snapshot_download", snapshot_download)
     return folder
 
 
@@ -244,7 +250,7 @@ POOLED = [("test 0", "pos"), ("train 0", "neg"), ("train 1", "pos")]
 
 
 def test_published_splits_are_pooled_without_unlabelled_rows(notebook, hub_folder):
-    tables = notebook.read_published(str(hub_folder), "main")
+    tables = notebook.read_published("owner/name", "main")
     rows, counts = notebook.clean(notebook.pick_columns(tables))
     assert sorted(pairs(rows)) == POOLED
     assert counts["without a label, dropped"] == 2
@@ -261,5 +267,5 @@ def test_a_published_set_of_several_kinds_is_refused_with_them(notebook, hub_fol
     for name in ("first", "second"):
         card += f"- config_name: {name}\n  data_files: train.parquet\n"
     write(hub_folder / "README.md", f"{card}---\n")
-    said = refusal(notebook.read_published, str(hub_folder), "main")
+    said = refusal(notebook.read_published, "owner/name", "main")
     assert "'first', 'second'" in said

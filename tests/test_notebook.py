@@ -270,7 +270,7 @@ def test_settings_of_papermill_come_before_they_are_read():
 def test_the_first_cell_installs_what_requirements_txt_names(notebook):
     needed = []
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n"):
-        if line and not line.startswith(("#", "wandb>")):  # which is optional
+        if line and not line.startswith(("#", "wandb>", "ipywidgets>")):  # optional
             needed.append(line)
     assert sorted(notebook.REQUIREMENTS) == sorted(needed)
 
