@@ -167,6 +167,25 @@ def base_here(base: str) -> str:
     return "float32" if base == "float16" and not notebook().torch.cuda.is_available() else base
 
 
+def build(base: str, adapters: bool, config, names: list[str], head: list[str]):
+    """Return a model, ready to be trained: with adapters, or as a whole. `base` is "4-bit" (always with adapters), or
+    the dtype of its weights, "float32" or "float16" (see `base_here`)."""
+    nb = notebook()
+    if base == "4-bit":
+        return nb.build_qlora(config, names, head)
+    model, _ = nb.load_classifier(config, names, dtype=getattr(nb.torch, base_here(base)))
+    if config.gradient_checkpointing:
+        nb.checkpoint_layers(model)
+    if adapters:
+        model = nb.get_peft_model(model, nb.lora_config(config, head))
+    if adapters and config.frozen_dtype == "compute":
+        nb.keep_compute_dtype(model, head)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # gradients in fp16 could not be unscaled
+            parameter.data = parameter.data.float()
+    return model
+
+
 def random_texts(count: int, length: int):
     """Return `count` tokenized texts of `length` random tokens, half of them of each class."""
     nb = notebook()

@@ -6,6 +6,8 @@ All with captured steps, as users run them (on a GPU). Peaks are those of PyTorc
 CUDA holds beside it is measured too, and left free when the largest batch is sought.
 """
 
+import functools
+
 from benchmarks import common
 from benchmarks.speed import FULL
 
@@ -32,8 +34,8 @@ def measure(method: tuple, folder: str, batch: dict, length: int, steps: int) ->
     settings = {"model_name": folder, "max_length": length, "efficiency_steps": steps} | settings | batch
     config, task = common.settle(**settings)
     texts = common.random_texts(config.per_device_train_batch_size * config.gradient_accumulation_steps, length)
-    nb = common.notebook()
-    row = nb.measure_method(nb.Method("", base, adapters, config), task.names, task.head, task.tokenizer, texts)
+    build = functools.partial(common.build, base, adapters)
+    row = common.notebook().measure_method("", build, config, task.names, task.head, task.tokenizer, texts)
     del row["method"]  # the study has names of its own
     return row
 

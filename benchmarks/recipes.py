@@ -133,7 +133,7 @@ def train(name: str, seed: int, folder: str, arguments) -> dict:
     else:
         tokens = {each: nb.tokenize(split, task.tokenizer, config.max_length) for each, split in splits.items()}
         held = nb.free_memory()
-        model = nb.build_method(nb.Method(name, common.base_here(base), adapters, config), task.names, task.head)
+        model = common.build(base, adapters, config, task.names, task.head)
         trainer_arguments = nb.training_arguments(config, config.output_dir)
         trainer_arguments.save_only_model = True
         trainer_arguments.disable_tqdm = True
@@ -197,7 +197,7 @@ def score_final(name: str, seed: int, folder: str, arguments) -> dict:
     elif adapters:
         from peft import load_peft_weights, set_peft_model_state_dict
 
-        model = nb.build_method(nb.Method(name, common.base_here(base), adapters, config), task.names, task.head)
+        model = common.build(base, adapters, config, task.names, task.head)
         set_peft_model_state_dict(model, load_peft_weights(place))
     else:
         model = nb.AutoModelForSequenceClassification.from_pretrained(place)

@@ -6,6 +6,7 @@ Each method trains on texts of the full length, `--rounds` times in turn with th
 `eager` launches every kernel from Python, `captured` replays CUDA graphs.
 """
 
+import functools
 import time
 from statistics import median
 
@@ -36,9 +37,9 @@ def measure(name: str, folder: str, length: int, steps: int) -> dict:
     config, task = common.settle(model_name=folder, max_length=length, efficiency_steps=steps, **settings)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     start = time.perf_counter()
-    method = nb.Method(name, common.base_here(base), adapters, config)
+    build = functools.partial(common.build, base, adapters)
     texts = common.random_texts(batch, length)
-    row = nb.measure_method(method, task.names, task.head, task.tokenizer, texts)
+    row = nb.measure_method(name, build, config, task.names, task.head, task.tokenizer, texts)
     timed = steps * batch / row["samples_per_second"] if row["measured"] else None
     return row | {"startup_seconds": timed and time.perf_counter() - start - timed}
 

@@ -6,10 +6,14 @@ those of the notebook's own cell first, then `QLORA_*` of the environment and `.
 """
 
 import ast
+import asyncio
+import contextlib
+import html
 import json
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections import Counter
@@ -22,6 +26,9 @@ from dotenv import load_dotenv
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from notebook_api import NOTEBOOK, ROOT
+
+
+STOPPED = "\nStopped. With the same settings it goes on, and keeps its whole epochs."
 
 
 def hub_is_reached(timeout: float = 5.0) -> bool:
@@ -82,10 +89,30 @@ def use_offline_assets(own: dict, environ: MutableMapping[str, str]) -> None:
         environ.setdefault("QLORA_PRESET", "demo")
         environ.setdefault("QLORA_MAX_TRAIN_SAMPLES", "2500")
         environ.setdefault("QLORA_VALIDATION_SHARE", "0.05")
+        environ.setdefault("QLORA_NUM_TRAIN_EPOCHS", "2")
+
+
+def table_text(markup: str) -> str:
+    """Return the tables in HTML that pandas wrote as text: a line for each row."""
+    lines = []
+    for row in re.findall(r"<tr\b.*?</tr>", markup, re.DOTALL):
+        cells = []
+        for cell in re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", row, re.DOTALL):
+            text = " ".join(html.unescape(re.sub(r"<[^>]*>", "", cell)).split())
+            if len(text) > 60:
+                text = text[:56] + " ..."
+            cells.append(text)
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = []
+    for cells in lines:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        rows.append("  ".join(padded).rstrip())
+    return "\n".join(rows)
 
 
 class ProgressClient(NotebookClient):
-    """Execute a notebook; show each cell as it starts, and what it prints."""
+    """Execute a notebook; show each cell as it starts, what it prints, its tables."""
 
     def __init__(self, notebook: nbformat.NotebookNode, folder: Path):
         super().__init__(
@@ -96,6 +123,7 @@ class ProgressClient(NotebookClient):
             resources={"metadata": {"path": str(folder)}},
             # the kernel warns that it speaks plain TCP, on this machine alone
             extra_arguments=["--log-level=ERROR"],
+            on_notebook_start=self.notebook_starts,
             on_cell_execute=self.cell_starts,
             on_cell_executed=self.cell_ends,
         )
@@ -112,6 +140,17 @@ class ProgressClient(NotebookClient):
             for heading in re.findall(r"^## (.+)$", cell.source, re.MULTILINE):
                 if cell.cell_type == "markdown":
                     section = heading
+
+    def notebook_starts(self, notebook: nbformat.NotebookNode) -> None:
+        """Let Ctrl-C interrupt the cell, as in Jupyter: nbclient kills the kernel."""
+        loop = asyncio.get_running_loop()
+
+        def interrupt():
+            loop.remove_signal_handler(signal.SIGINT)  # the second one ends all
+            loop.create_task(self.km.interrupt_kernel())
+
+        with contextlib.suppress(NotImplementedError):  # on Windows
+            loop.add_signal_handler(signal.SIGINT, interrupt)
 
     def cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
         """Print the cell's number and first line, and the heading of a new section."""
@@ -133,10 +172,12 @@ class ProgressClient(NotebookClient):
         content = msg["content"]
         if msg["msg_type"] == "stream":
             print(content["text"], end="", flush=True)
-        if msg["msg_type"] in ("display_data", "update_display_data"):
-            markup = content["data"].get("text/html", "")
-            if "<progress" in markup and time.monotonic() - self.last_bar > 10:
+        markup = content.get("data", {}).get("text/html", "")
+        if "<progress" in markup:
+            if time.monotonic() - self.last_bar > 10:
                 self.print_bar(markup)
+        elif "<table" in markup:
+            print(table_text(markup), flush=True)
         return super().process_message(msg, cell, cell_index)
 
     def print_bar(self, markup: str) -> None:
@@ -161,6 +202,8 @@ def execute(path: Path, executed: Path, folder: Path) -> dict[str, float]:
     try:
         client.execute()
     except CellExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise SystemExit(STOPPED) from None
         reason = f"{error.ename}: {error.evalue}"
     except (DeadKernelError, AssertionError):  # nbclient asserts that there is a kernel
         reason = "The notebook's process was killed: is there enough memory?"
@@ -202,7 +245,10 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
     """Return what `make run` ends with: scores, times and where everything is."""
     about = results["provenance"]
     seconds = sum(results["sections"].values())
-    training = results["training"]["seconds"]
+    training = results["training"]
+    spent = f"training {training['seconds']:.0f} s"
+    if training["seconds_in_all"] > training["seconds"] + 1:
+        spent += f", with interrupted runs {training['seconds_in_all']:.0f} s"
     memory = peak_memory_gb()
     n_texts = results["test"]["n"]
     lines = [
@@ -215,8 +261,8 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
         lines.append(score_line(name, scores))
     lines += [
         f"largest class           {about['largest_class']:.1%}",
-        f"time, memory            {seconds:.0f} s, training {training:.0f} s of it;"
-        f" {memory:.1f} GB",
+        *results["cautions"],
+        f"time, memory            {seconds:.0f} s; {spent}; {memory:.1f} GB",
         f"results and plots       {data_dir}/",
         f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",
         f"executed notebook       {shown_path(executed)}",
@@ -245,4 +291,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(STOPPED) from None

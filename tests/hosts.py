@@ -39,11 +39,11 @@ SETTINGS = {
     "QLORA_GRADIENT_CHECKPOINTING": "false",
 }
 WITHOUT_STUDIES = {"QLORA_EFFICIENCY_STEPS": "0", "QLORA_RANKS": "none"}
+TEXTS = "id,review\n07,A quiet film.\n08,\n09,Too long by half.\n"  # to be classified
 SHORT_STUDIES = {
     "QLORA_EFFICIENCY_STEPS": "1",
     "QLORA_RANKS": "1",
     "QLORA_RANK_TRAIN_SAMPLES": "32",
-    "QLORA_RANK_EPOCHS": "1",
 }
 KAGGLE = {
     "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
@@ -292,17 +292,20 @@ def hosts(tmp_path_factory, tiny_bert, reviews):
     """Both hosts after a run from top to bottom; Kaggle's kernel can be asked."""
     data = tmp_path_factory.mktemp("input")
     reviews.to_csv(data / "reviews.csv", index=False)
+    (data / "texts.csv").write_text(TEXTS)
     data.chmod(0o555)
     settings = dict(SETTINGS)
     settings["QLORA_MODEL_NAME"] = tiny_bert
     settings["QLORA_DATASET_NAME"] = str(data / "reviews.csv")
+    of_colab = settings | WITHOUT_STUDIES
+    of_colab["QLORA_PREDICT_NAME"] = str(data / "texts.csv")
     of_kaggle = settings | SHORT_STUDIES | KEYS
     of_kaggle["WANDB_BASE_URL"] = NOBODY
     colab = Host(
         "colab",
         "google.colab._kernel.Kernel",
         tmp_path_factory.mktemp("colab"),
-        environ=settings | WITHOUT_STUDIES,
+        environ=of_colab,
         env_file={},
     )
     kaggle = Host(

@@ -265,11 +265,11 @@ def test_a_run_is_captured_scored_and_merged(tmp_path, preset):
     bert = make_bert(tmp_path / "bert")
     config = make_config(bert, tmp_path, preset=preset, num_train_epochs=3)
     tokenized = nb.DatasetDict(train=random_texts(3200), validation=random_texts(64))
-    cost = nb.CostCallback()
+    clock = nb.Clock()
     tokenizer = load_tokenizer(config)
     folder = tmp_path / "run"
-    trainer = nb.train_qlora(config, NAMES, HEAD, tokenizer, tokenized, folder, [cost])
-    summary = nb.training_summary(trainer, cost, 3200)
+    trainer = nb.train_qlora(config, NAMES, HEAD, tokenizer, tokenized, folder, [clock])
+    summary = nb.training_summary(trainer, 3200)
     assert summary["captured_share"] >= 0.95
     assert summary["peak_mb"] > 1
     assert len([row for row in summary["history"] if "eval_accuracy" in row]) == 4
@@ -291,18 +291,31 @@ def test_a_run_is_captured_scored_and_merged(tmp_path, preset):
 def test_every_method_of_section_10_is_measured(tmp_path):
     bert = make_bert(tmp_path / "bert")
     config = make_config(bert, tmp_path, preset="fast", efficiency_steps=3)
-    methods = nb.methods_to_compare(config, cuda=True)
+    full = config.model_copy(
+        update={
+            "frozen_dtype": "float32",
+            "gradient_checkpointing": False,
+            "optim": "adamw_torch_fused",
+        }
+    )
+    eager = config.model_copy(update={"cuda_graphs": False})
+    methods = [
+        ("full fine-tuning", nb.build_full, full),
+        ("QLoRA, eager", nb.build_qlora, eager),
+        ("QLoRA", nb.build_qlora, config),
+    ]
     tokenizer = load_tokenizer(config)
+    texts = random_texts(64)
     rows = {}
-    for method in methods:
-        row = nb.measure_method(method, NAMES, HEAD, tokenizer, random_texts(64))
-        assert row["measured"], method.name
+    for name, build, settings in methods:
+        row = nb.measure_method(name, build, settings, NAMES, HEAD, tokenizer, texts)
+        assert row["measured"], name
         assert row["peak_mb"] > row["weights_mb"] > 0
         assert row["samples_per_second"] > 0
-        rows[method.name] = row
-    assert len(rows) == 5
-    full = rows["full fine-tuning"]["trainable_parameters"]
-    assert full > 10 * rows["QLoRA default"]["trainable_parameters"]
+        rows[row["method"]] = row
+    assert list(rows) == ["full fine-tuning", "QLoRA, eager", "QLoRA"]
+    n_full = rows["full fine-tuning"]["trainable_parameters"]
+    assert n_full > 10 * rows["QLoRA"]["trainable_parameters"]
 
 
 def train_apart(bert, folder, preset, micro_batch, memory):

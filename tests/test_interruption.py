@@ -8,13 +8,14 @@ import random
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-CLOCKS = ("_runtime", "_per_second")  # ends of names of what no two trainings share
+CLOCKS = ("_runtime", "_per_second", "seconds")  # what no two trainings share
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,6 @@ def section_8(notebook, names, head, tokenizer, tokenized):
         notebook.write_json(folder / "settings.json", about)
         finished = folder / "finished"
         if not finished.exists():
-            cost = notebook.CostCallback()
             trainer = notebook.within_memory(
                 notebook.train_qlora,
                 config,
@@ -57,9 +57,9 @@ def section_8(notebook, names, head, tokenizer, tokenized):
                 tokenizer,
                 tokenized,
                 folder,
-                [cost, *callbacks],
+                [notebook.Clock(), *callbacks],
             )
-            summary = notebook.training_summary(trainer, cost, len(tokenized["train"]))
+            summary = notebook.training_summary(trainer, len(tokenized["train"]))
             notebook.keep_finished(trainer, summary, config.model_name, finished)
         return finished
 
@@ -89,6 +89,17 @@ class Interrupt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+class Wait(TrainerCallback):
+    """Let the second step take some seconds longer."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            time.sleep(self.seconds)
 
 
 class Kill(TrainerCallback):
@@ -218,6 +229,7 @@ def test_after_early_stopping_the_best_epoch_is_kept_and_nothing_trained_again(
     section_8, notebook, config, monkeypatch
 ):
     play_accuracies(monkeypatch, notebook, [0.1, 0.5, 0.9, 0.6])
+    monkeypatch.setattr(notebook, "MIN_STEPS", 10)
     config = config.model_copy(update={"early_stopping_patience": 2})
     config = config.model_copy(update={"num_train_epochs": 9.0})
     count = CountSteps()
@@ -240,6 +252,7 @@ def test_early_stopping_counts_on_after_an_interruption(
 ):
     """The second epoch is the best; the fourth is interrupted, and the last."""
     play_accuracies(monkeypatch, notebook, [0.1, 0.5, 0.9, 0.6])
+    monkeypatch.setattr(notebook, "MIN_STEPS", 10)
     config = config.model_copy(update={"early_stopping_patience": 2})
     config = config.model_copy(update={"num_train_epochs": 9.0})
     with pytest.raises(KeyboardInterrupt):
@@ -249,6 +262,37 @@ def test_early_stopping_counts_on_after_an_interruption(
     assert count.steps == 10
     assert summary["epochs"] == 4
     assert summary["best_epoch"] == 2
+
+
+@pytest.mark.parametrize(("min_steps", "epochs"), [(40, 5), (41, 6), (60, 7), (99, 9)])
+def test_early_stopping_waits_for_enough_steps(
+    section_8, notebook, config, monkeypatch, min_steps, epochs
+):
+    play_accuracies(monkeypatch, notebook, [0.1, 0.5, 0.9, 0.6])
+    monkeypatch.setattr(notebook, "MIN_STEPS", min_steps)
+    config = config.model_copy(update={"early_stopping_patience": 2})
+    config = config.model_copy(update={"num_train_epochs": 9.0})
+    summary = summary_of(section_8(config))
+    assert summary["epochs"] == epochs
+    assert summary["best_epoch"] == 2
+
+
+def test_a_part_of_an_epoch_is_not_trained_on_where_stopping_must_wait(
+    section_8, notebook, config
+):
+    config = config.model_copy(update={"num_train_epochs": 1.5})
+    count = CountSteps()
+    section_8(config, count)
+    assert count.steps == 15 < notebook.MIN_STEPS
+
+
+def test_the_seconds_in_all_have_those_before_an_interruption(section_8, config):
+    with pytest.raises(KeyboardInterrupt):
+        section_8(config, Wait(1.0), Interrupt(25))
+    summary = summary_of(section_8(config))
+    assert summary["seconds_in_all"] > 1.0 + summary["seconds"]
+    seconds = [row["seconds"] for row in summary["history"]]
+    assert seconds == sorted(seconds)
 
 
 def interrupted(section_8, notebook, config, tokenized):
@@ -319,8 +363,8 @@ def test_what_does_not_decide_a_training_does_not_move_its_folder(
         "wandb_project": "other",
         "push_to_hub": "me/it",
         "ranks": [1],
-        "rank_epochs": 1.0,
-        "rank_learning_rate": 1.0,
+        "predict_name": "texts.csv",
+        "test_dataset_name": "test.csv",
         "rank_train_samples": 32,
         "efficiency_steps": 1,
         "cuda_graphs": not config.cuda_graphs,
@@ -336,25 +380,15 @@ def test_what_does_not_decide_a_training_does_not_move_its_folder(
     assert same == folder
 
 
-def begin(notebook, config, tokenized, model_hash="hash"):
-    """Note a training as begun; return in what the newest one before it differs."""
-    folder, about = notebook.training_folder(config, tokenized, model_hash)
-    differing = notebook.newest_other(folder, about)
-    notebook.write_json(folder / "settings.json", about)
-    return differing
-
-
-def test_the_first_training_differs_from_none(notebook, config, tokenized):
-    assert begin(notebook, config, tokenized) == []
-
-
-def test_it_is_named_in_what_a_training_differs_from_the_newest_other(
-    notebook, config, tokenized
-):
-    begin(notebook, config, tokenized)
+def test_it_is_named_in_what_a_training_differs(notebook, config, tokenized, tmp_path):
+    _, about = notebook.training_folder(config, tokenized, "hash")
+    path = tmp_path / "training.json"
+    notebook.write_json(path, about)
+    assert notebook.differing(path, about) == []
     shorter = config.model_copy(update={"lora_r": 2, "max_length": 16})
-    assert sorted(begin(notebook, shorter, tokenized)) == ["lora_r", "max_length"]
+    _, other = notebook.training_folder(shorter, tokenized, "hash")
+    assert sorted(notebook.differing(path, other)) == ["lora_r", "max_length"]
     fewer = notebook.DatasetDict(tokenized)
     fewer["train"] = tokenized["train"].select(range(150))
-    assert begin(notebook, shorter, fewer) == ["data"]
-    assert begin(notebook, shorter, fewer, "other hash") == ["weights"]
+    _, other = notebook.training_folder(config, fewer, "other hash")
+    assert sorted(notebook.differing(path, other)) == ["data", "weights"]

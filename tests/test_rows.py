@@ -219,3 +219,61 @@ def test_a_class_too_small_for_three_splits_is_refused(notebook):
     rows = rows_of({"0": 99, "1": 2})
     said = refusal(notebook.split_rows, rows, config)
     assert "rarest class" in said
+
+
+def own_test(notebook, tmp_path, csv, name="test.csv", tables=()):
+    """Read a test split from a file; the other rows have the classes 0 and spam."""
+    path = str(write(tmp_path / "test.csv", csv))
+    if name != "test.csv":
+        path = name
+    config = notebook.Config(test_dataset_name=path)
+    rows = frame(["a", "b c", "c", "d"], ["0", "0", "spam", "spam"])
+    test_rows, left = notebook.read_test(config, list(tables), rows)
+    return pairs(test_rows), list(left["text"])
+
+
+def test_an_own_test_split_is_kept_as_it_is_and_its_texts_are_not_trained_on(
+    notebook, tmp_path, capsys
+):
+    csv = "text,label\nb<br />c,0\nb c,0\nb c,SPAM\n,0\nd,\n"
+    rows, left = own_test(notebook, tmp_path, csv)
+    assert rows == [("b c", "0"), ("b c", "0"), ("b c", "spam")]
+    assert left == ["a", "c", "d"]
+    assert "dropped: 2." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("csv", "reason"),
+    [
+        ("text,label\nx,ham\n", "Labels that no other row has: ['ham']"),
+        ("text,label\n,0\nx,\n", "has 0 rows with a text and a label"),
+        ("text,label\na,0\nb c,0\n", "1 different labels (spam)"),
+        ("text,label\na,0\nb c,0\nc,0\nd,0\n", "0 different labels"),
+    ],
+)
+def test_a_test_split_of_other_classes_none_or_all_is_refused(
+    notebook, tmp_path, csv, reason
+):
+    assert reason in refusal(own_test, notebook, tmp_path, csv)
+
+
+def test_a_published_split_can_be_the_test_split(notebook, tmp_path, monkeypatch):
+    train = frame(["a"], ["0"])
+    train.attrs["split"] = "train"
+    test = frame(["e"], ["0"])
+    test.attrs["split"] = "test"
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("test", "e"), ("test.csv", "f")):
+        rows, _ = own_test(notebook, tmp_path, "text,label\nf,0\n", name, [train, test])
+        assert rows == [(text, "0")]
+
+
+def test_with_an_own_test_split_the_other_rows_train_and_validate(notebook):
+    test_rows = frame(["x", "x", "y"], ["0", "0", "0"])  # a class may be missing
+    rows = rows_of({"0": 90, "1": 10})
+    splits = notebook.split_rows(rows, notebook.Config(), test_rows)
+    assert list(splits["test"]["text"]) == ["x", "x", "y"]
+    assert splits["test"].features["label"].names == ["0", "1"]
+    assert len(splits["train"]) == 90
+    assert len(splits["validation"]) == 10
+    assert {*splits["train"]["text"], *splits["validation"]["text"]} == {*rows["text"]}

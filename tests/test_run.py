@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import NOTEBOOK
 from nbclient.exceptions import CellExecutionError
@@ -30,13 +31,22 @@ BEFORE_SECTION_10 = [
     "test",
     "test_merged",
     "baselines",
+    "cautions",
     "training",
     "calibration",
 ]
 PARTS = [*BEFORE_SECTION_10, "efficiency", "rank_sensitivity", "sections"]
 SCORES = ["accuracy", "f1_weighted", "f1_macro"]
 # Ends of names of what differs from run to run.
-TIMES = ("seconds", "_second", "runtime", "started", "sections", "train_loss")
+TIMES = (
+    "seconds",
+    "seconds_in_all",
+    "_second",
+    "runtime",
+    "started",
+    "sections",
+    "train_loss",
+)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +202,36 @@ def test_every_score_lies_in_its_interval(run):
             assert low < high
 
 
+def test_every_answer_on_the_test_split_is_written(run, reviews):
+    path = run.folder / "outputs" / "test_predictions.csv"
+    answers = pd.read_csv(path)
+    assert list(answers["text"]) == run.texts
+    verdicts = dict(zip(reviews["Review"], reviews["Verdict"]))
+    assert list(answers["truth"]) == [verdicts[text] for text in run.texts]
+    is_right = answers["truth"] == answers["answer"]
+    assert is_right.mean() == pytest.approx(run.results["test"]["accuracy"])
+    assert answers["confidence"].between(1 / 3, 1).all()
+
+
+def test_a_file_is_classified_row_by_row(hosts):
+    path = hosts.colab.working / "outputs" / "predictions.csv"
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert list(rows["id"]) == ["07", "08", "09"]
+    assert rows["label"][1] == rows["confidence"][1] == ""
+    for place in (0, 2):
+        assert rows["label"][place] in CLASSES
+        assert 1 / 3 < float(rows["confidence"][place]) <= 1
+    assert not (hosts.kaggle.working / "outputs" / "predictions.csv").exists()
+
+
+def test_what_is_taken_away_can_be_read_by_others(run):
+    """As the umask says, which safetensors does not ask."""
+    probe = run.folder / "probe"
+    probe.touch()
+    for path in (run.folder / "outputs").glob("[am]*/*"):
+        assert path.stat().st_mode == probe.stat().st_mode, path.name
+
+
 def test_the_calibration_is_of_the_test_answers(run):
     """Its bins are of about equal size."""
     accuracies = [each["accuracy"] for each in run.results["calibration"]["bins"]]
@@ -216,7 +256,8 @@ def test_the_figures_of_training_agree_with_its_history(run):
     assert [row["epoch"] for row in scored] == [0, 1]
     assert training["epochs"] == training["best_epoch"] == 1
     assert scored[0]["eval_loss"] == pytest.approx(np.log(3), abs=0.3)  # a random head
-    speed = about["rows"]["train"] / training["seconds"]
+    assert training["seconds_in_all"] == pytest.approx(training["seconds"], abs=1)
+    speed = about["rows"]["train"] / training["seconds_in_all"]
     assert training["samples_per_second"] == pytest.approx(speed)
     assert about["wall_seconds"] > training["seconds"] > 0
     assert training["peak_mb"] is None  # without a GPU
@@ -237,13 +278,13 @@ def test_ranks_have_their_sizes_and_a_score_where_they_were_trained(run):
 
 def test_methods_have_the_figures_that_can_be_measured_without_a_gpu(run):
     methods = {row["method"]: row for row in run.results["efficiency"]}
-    assert list(methods) == ["full fine-tuning", "QLoRA default", "QLoRA, this run"]
+    assert list(methods) == ["full fine-tuning", "QLoRA"]
     for row in methods.values():
         assert row["measured"]
         assert row["samples_per_second"] > 0
         assert row["peak_mb"] is None
     full = methods["full fine-tuning"]
-    ours = methods["QLoRA, this run"]
+    ours = methods["QLoRA"]
     assert ours["trainable_parameters"] == 16 * 2 * 2 * (64 + 64) + 64 * 3 + 3
     assert ours["weights_mb"] < full["weights_mb"]
     in_32_bits = 4e-6 * full["trainable_parameters"]
@@ -342,7 +383,7 @@ def before_section_10(results):
     """Return what does not depend on sections 10 and 11, without times."""
     kept = untimed({name: results[name] for name in BEFORE_SECTION_10})
     for name in list(kept["provenance"]["config"]):
-        if name.startswith(("rank", "efficiency_steps")):
+        if name.startswith(("rank", "efficiency_steps", "predict_name")):
             del kept["provenance"]["config"][name]
     return kept
 
@@ -353,6 +394,25 @@ def test_results_are_written_before_section_10_and_stay(run):
     assert early["efficiency"] == []
     assert early["rank_sensitivity"] == []
     assert before_section_10(early) == before_section_10(run.results)
+
+
+def test_a_classifier_of_another_training_is_not_replaced_without_a_word(run):
+    """Its cell is asked with other settings, twice, and then with the run's own."""
+    kernel = run.kernel
+    for place in kernel.sections[8]:
+        if "taken_away.exists()" in kernel.nb.cells[place].source:
+            break
+    source = kernel.nb.cells[place].source
+    said = []
+    for seed in (9, 9, 42):  # 42 is its own
+        kernel.run(0, f"config = config.model_copy(update={{'seed': {seed}}})")
+        outputs = kernel.run(place, source)
+        said.append(" ".join("".join(output.text for output in outputs).split()))
+    for each in said[:2]:
+        assert "A new training." in each
+        assert "another training (another seed)" in each
+    assert "is finished" in said[2]
+    assert "another" not in said[2]
 
 
 def test_a_run_cell_can_be_run_twice(run):

@@ -1,11 +1,10 @@
-"""The scripts: definitions, `make run`, offline assets, and the export to ONNX."""
+"""The scripts: definitions, offline assets, and the export to ONNX."""
 
 import ast
 import csv
 import hashlib
 import importlib.util
 import io
-import json
 import re
 import sys
 import types
@@ -17,9 +16,7 @@ import nbformat
 import notebook_api
 import offline_assets
 import pytest
-import run_notebook
-from conftest import ROOT
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -76,164 +73,6 @@ def test_definitions_are_made_without_running_anything_else(tmp_path, monkeypatc
     module = notebook_api.import_definitions()
     assert module.is_over(4)
     assert not module.is_over(3)
-
-
-# ---- make run
-
-
-def test_paths_are_written_without_the_user_s_name(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert run_notebook.shown_path(tmp_path / "cache" / "model") == "~/cache/model"
-    assert run_notebook.shown_path(run_notebook.ROOT / "Data" / "x") == "Data/x"
-    assert run_notebook.shown_path(Path("/elsewhere/x")) == "/elsewhere/x"
-
-
-@pytest.fixture
-def assets(monkeypatch, tmp_path):
-    """A list of the offline assets that were asked for: `model`, `reviews`."""
-    asked = []
-
-    def ensure_model():
-        asked.append("model")
-        return tmp_path / "model"
-
-    def ensure_reviews():
-        asked.append("reviews")
-        return tmp_path / "reviews"
-
-    monkeypatch.setattr(offline_assets, "ensure_model", ensure_model)
-    monkeypatch.setattr(offline_assets, "ensure_reviews", ensure_reviews)
-    return asked
-
-
-def test_without_the_hub_the_offline_assets_stand_in(assets, tmp_path):
-    environ = {}
-    run_notebook.use_offline_assets({}, environ)
-    assert assets == ["model", "reviews"]
-    model = Path(environ["QLORA_MODEL_NAME"]).expanduser()
-    reviews = Path(environ["QLORA_DATASET_NAME"]).expanduser()
-    assert (model, reviews) == (tmp_path / "model", tmp_path / "reviews")
-
-
-def test_the_stand_in_is_trained_by_the_demo_s_settings(assets, notebook):
-    environ = {}
-    run_notebook.use_offline_assets({}, environ)
-    config, _ = notebook.resolve_config({}, environ, cuda=True)
-    demo = notebook.PRESETS["demo"]
-    assert config.preset == "demo"
-    assert config.max_train_samples == demo["max_train_samples"]
-    assert config.validation_share == demo["validation_share"]
-
-
-def test_nothing_waits_for_a_hub_that_does_not_answer(assets):
-    environ = {}
-    run_notebook.use_offline_assets({}, environ)
-    assert environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_own_data_in_the_environment_are_used_whole(assets):
-    environ = {"QLORA_DATASET_NAME": "my.csv", "QLORA_MODEL_NAME": "my/model"}
-    run_notebook.use_offline_assets({}, environ)
-    assert assets == []
-    assert "QLORA_MAX_TRAIN_SAMPLES" not in environ
-    assert environ["QLORA_DATASET_NAME"] == "my.csv"
-
-
-def test_own_data_in_the_notebook_are_used_whole(assets):
-    environ = {}
-    own = {"dataset_name": "my.csv", "model_name": "my/model"}
-    run_notebook.use_offline_assets(own, environ)
-    assert assets == []
-    assert list(environ) == ["HF_HUB_OFFLINE"]
-
-
-def test_a_blank_name_counts_as_not_set(assets):
-    run_notebook.use_offline_assets({"dataset_name": ""}, {"QLORA_MODEL_NAME": ""})
-    assert assets == ["model", "reviews"]
-
-
-def test_another_cap_for_the_stand_in_stays(assets):
-    environ = {"QLORA_MAX_TRAIN_SAMPLES": "64"}
-    run_notebook.use_offline_assets({}, environ)
-    assert environ["QLORA_MAX_TRAIN_SAMPLES"] == "64"
-
-
-def settings_cell(source: str) -> nbformat.NotebookNode:
-    """Return a notebook whose cell for settings has this source."""
-    cell = new_code_cell(source, metadata={"tags": ["parameters"]})
-    return new_notebook(cells=[new_code_cell("settings = 1"), cell])
-
-
-def test_settings_of_the_notebook_s_cell_are_found():
-    source = "settings = {}\n# a comment\nsettings = {'seed': 7}  # mine"
-    assert run_notebook.own_settings(settings_cell(source)) == {"seed": 7}
-
-
-@pytest.mark.parametrize("source", ["settings = read()", "settings = {", "", "# none"])
-def test_settings_that_are_not_literal_do_not_stop_the_run(source):
-    assert run_notebook.own_settings(settings_cell(source)) == {}
-
-
-def test_the_notebook_s_cell_wins_over_the_environment():
-    own = {"output_dir": "mine"}
-    environ = {"QLORA_OUTPUT_DIR": "theirs", "QLORA_DATA_DIR": "theirs"}
-    assert run_notebook.chosen("output_dir", own, environ) == "mine"
-    assert run_notebook.chosen("data_dir", own, environ) == "theirs"
-
-
-def test_a_run_shows_its_progress_and_keeps_its_outputs(tmp_path, capsys):
-    cells = [
-        new_markdown_cell("## 1 First\n\nText."),
-        new_code_cell("# @title Say so\nprint('said ' + 'so')"),
-        new_markdown_cell("## 2 Second"),
-        new_code_cell("1 + 1"),
-    ]
-    path = tmp_path / "fine.ipynb"
-    nbformat.write(new_notebook(cells=cells), path)
-    executed = tmp_path / "new" / "executed.ipynb"
-    seconds = run_notebook.execute(path, executed, tmp_path)
-    assert list(seconds) == ["1 First", "2 Second"]
-    assert min(seconds.values()) > 0
-    printed = capsys.readouterr().out
-    for line in ("== 1 First", "[ 1/2] Say so", "said so", "== 2 Second"):
-        assert line in printed.splitlines()
-    outputs = nbformat.read(executed, as_version=4).cells[1].outputs
-    assert outputs[0].text == "said so\n"
-
-
-def test_a_run_that_fails_says_why_and_keeps_what_came_before(tmp_path):
-    path = write_notebook(tmp_path / "fails.ipynb", "print('said so')", "1 / 0")
-    executed = tmp_path / "failed.ipynb"
-    with pytest.raises(SystemExit, match="ZeroDivisionError: division by zero"):
-        run_notebook.execute(path, executed, tmp_path)
-    outputs = nbformat.read(executed, as_version=4).cells[0].outputs
-    assert outputs[0].text == "said so\n"
-
-
-def test_a_process_that_is_killed_is_reported_in_a_sentence(tmp_path):
-    path = write_notebook(tmp_path / "dies.ipynb", "import os\nos._exit(1)")
-    with pytest.raises(SystemExit, match="enough memory"):
-        run_notebook.execute(path, tmp_path / "dead.ipynb", tmp_path)
-
-
-def test_the_summary_gives_the_scores_of_the_run(notebook):
-    path = ROOT / "Data" / "reference" / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    text = run_notebook.summary(results, "Data", "outputs", Path("executed.ipynb"))
-    rows = {line[:24].strip(): line[24:] for line in text.splitlines()}
-    tfidf = results["baselines"]["tfidf_logreg"]
-    assert rows["QLoRA adapter"].startswith(notebook.percent(results["test"]))
-    assert rows["merged model"].startswith(notebook.percent(results["test_merged"]))
-    assert rows["tfidf_logreg"].startswith(notebook.percent(tfidf))
-    assert rows["results and plots"] == "Data/"
-
-
-def test_the_seconds_of_each_section_are_added_to_the_results(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"test": {}, "sections": null}')
-    run_notebook.add_sections(path, {"1 Setup": 1.26})
-    expected = {"test": {}, "sections": {"1 Setup": 1.3}}
-    assert json.loads(path.read_text()) == expected
 
 
 # ---- Offline assets

@@ -341,3 +341,21 @@ def test_no_key_shows_where_the_hub_has_no_such_model(notebook):
         notebook.open_checkpoint(config)
     assert KEY not in str(error.value)
     assert KEY not in repr(error.value.__context__)
+
+
+def test_the_demo_s_epochs_cap_and_shares_belong_to_its_own_data(notebook):
+    demo, _ = notebook.resolve_config({}, {}, cuda=False)
+    own, sources = notebook.resolve_config({"dataset_name": "my.csv"}, {}, cuda=False)
+    assert demo.num_train_epochs == 2
+    assert demo.max_train_samples == 2500
+    assert own.num_train_epochs == notebook.Config().num_train_epochs
+    assert own.max_train_samples is None
+    assert own.learning_rate == demo.learning_rate
+    assert "num_train_epochs" not in sources
+
+
+def test_a_file_to_classify_that_is_not_there_is_refused_at_once(notebook, tmp_path):
+    path = tmp_path / "texts.csv"
+    assert "no such file" in refusal(notebook, {"predict_name": str(path)}, {})
+    path.write_text("text\ngood\n")
+    assert resolve(notebook, {"predict_name": str(path)}, {}).predict_name == str(path)

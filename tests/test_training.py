@@ -241,13 +241,67 @@ def test_the_validation_loss_has_the_class_weights(
     assert abs(losses.mean().item() - weighted) > 1e-4  # it is another without
 
 
+def labels_of(counts):
+    return np.repeat(np.arange(len(counts)), counts)
+
+
 @pytest.mark.parametrize(
-    ("class_weights", "best"), [("none", "accuracy"), ("balanced", "f1_macro")]
+    ("n_texts", "epochs"), [(32, 300), (960, 10), (970, 10), (3200, 3), (16000, 3)]
 )
-def test_the_best_epoch_is_that_of_the_score_that_counts(
-    notebook, tmp_path, class_weights, best
+def test_few_texts_get_more_epochs(notebook, n_texts, epochs):
+    """Each is one step of 32; 970 texts make 31."""
+    labels = labels_of([n_texts // 2] * 2)
+    config = notebook.fit_to_data(notebook.Config(), {}, labels)
+    assert config.num_train_epochs == epochs
+    assert notebook.fit_to_data(config, {}, labels) == config
+
+
+def test_epochs_that_were_set_stay(notebook):
+    config = notebook.Config(num_train_epochs=2)
+    for source in ("num_train_epochs", "QLORA_NUM_TRAIN_EPOCHS", "preset demo"):
+        fitted = notebook.fit_to_data(
+            config, {"num_train_epochs": source}, labels_of([16, 16])
+        )
+        assert fitted == config
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "best"),
+    [
+        ([300, 100], "none", "accuracy"),
+        ([301, 100], "none", "f1_macro"),
+        ([200, 301, 100], "none", "f1_macro"),
+        ([100, 100], "balanced", "f1_macro"),
+    ],
+)
+def test_macro_f1_chooses_the_epoch_where_classes_are_unequal(
+    notebook, counts, weights, best, capsys
 ):
-    config = notebook.Config(class_weights=class_weights)
+    config = notebook.Config(class_weights=weights)
+    config = notebook.fit_to_data(config, {}, labels_of(counts))
+    assert config.metric_for_best_model == best
+    assert ("that of macro F1" in capsys.readouterr().out) == (best == "f1_macro")
+
+
+def test_a_measure_that_was_set_stays(notebook):
+    sources = {"metric_for_best_model": "metric_for_best_model"}
+    config = notebook.fit_to_data(notebook.Config(), sources, labels_of([900, 100]))
+    assert config.metric_for_best_model == "accuracy"
+
+
+def test_tfidf_weighs_the_classes_as_training_does(notebook):
+    texts = ["film"] * 33
+    labels = [0] * 30 + [1] * 3
+    train = {"text": texts, "label": labels}
+    plain = notebook.fit_tfidf(train)
+    weighed = notebook.fit_tfidf(train, "balanced")
+    assert plain.predict_proba(["film"])[0, 1] < 0.2
+    assert weighed.predict_proba(["film"])[0, 1] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("best", ["accuracy", "f1_macro"])
+def test_the_best_epoch_is_that_of_the_score_that_counts(notebook, tmp_path, best):
+    config = notebook.Config(metric_for_best_model=best)
     arguments = notebook.training_arguments(config, tmp_path)
     assert arguments.metric_for_best_model == best
     assert arguments.load_best_model_at_end

@@ -1,0 +1,58 @@
+"""Classify the rows of a file with a trained classifier; nothing is trained.
+
+The rows are written to a CSV file as they are, with two columns more: `label` and
+`confidence`. A row without a text gets neither. It is what section 12 of the notebook
+does with `predict_name`.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from export_onnx import check_folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, and classify."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="CSV, TSV, JSON or Parquet, or a folder of them")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default="outputs/merged",
+        help="the classifier's folder: %(default)s",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the CSV file: predictions.csv, beside the folder"
+    )
+    parser.add_argument(
+        "--text-column", default="", help="its name, if it is not text or review"
+    )
+    options = parser.parse_args(arguments)
+    check_folder(options.model)
+    if not Path(options.file).exists():
+        raise SystemExit(f"{options.file}: there is no such file or folder.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when imported
+    path = options.output or options.model.parent / "predictions.csv"
+    if path.is_dir() or path.resolve() == Path(options.file).resolve():
+        raise SystemExit(f"--output {path} is a folder, or the file to be classified.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # imported here: the libraries take some seconds
+    from notebook_api import import_definitions
+    from transformers import pipeline
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    notebook = import_definitions()
+    try:
+        classify = pipeline("text-classification", model=str(options.model))
+        notebook.classify_file(options.file, path, classify, options.text_column)
+    except (ValueError, OSError) as error:
+        raise SystemExit(
+            f"{error}\nThe column of the texts is named by --text-column, the"
+            " classifier's folder by --model."
+        ) from None
+
+
+if __name__ == "__main__":
+    main()
