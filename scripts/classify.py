@@ -1,8 +1,8 @@
 """Classify the rows of a file with a trained classifier; nothing is trained.
 
-The rows are written to a CSV file as they are, with two columns more: `label` and
-`confidence`. A row without a text gets neither. It is what section 12 of the notebook
-does with `predict_name`.
+The rows are written to a CSV file as they are, plus two columns: `label` and
+`confidence` (`predicted_label`, ... where the file has columns of these names). A row
+without a text gets neither. Section 12 of the notebook does the same (`predict_name`).
 """
 
 import argparse
@@ -23,10 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
         help="the classifier's folder: %(default)s",
     )
     parser.add_argument(
-        "--output", type=Path, help="the CSV file: predictions.csv, beside the folder"
+        "--output", type=Path, help="default: predictions.csv, beside that folder"
     )
     parser.add_argument(
-        "--text-column", default="", help="its name, if it is not text or review"
+        "--text-column",
+        default="",
+        help="the column of the texts, if it is not text or review",
     )
     options = parser.parse_args(arguments)
     check_folder(options.model)

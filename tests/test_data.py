@@ -96,7 +96,7 @@ def test_legal_texts_over_several_lines_are_read_and_counted(notebook, tmp_path)
         ("Cast: Lead,1 The rest is fine.", "0"),
         ("Like it? no, never", "yes"),
     ]
-    assert counts["that span lines"] == 2
+    assert counts["containing line breaks"] == 2
 
 
 def test_quotes_of_a_tsv_that_do_not_fit_stay_in_its_texts(notebook, tmp_path, capsys):

@@ -139,12 +139,12 @@ def test_cleaning_drops_by_rule_and_counts(notebook):
     assert pairs(rows) == [("a b", "x"), ("d", "y"), ("e", "y")]
     assert counts == {
         "read": 10,
-        "that span lines": 0,
+        "containing line breaks": 0,
         "with markup": 1,
         "without a text, dropped": 2,
         "without a label, dropped": 1,
-        "with two labels, dropped": 2,
-        "repeated, dropped": 2,
+        "with conflicting labels, dropped": 2,
+        "duplicates, dropped": 2,
         "left": 3,
     }
 
@@ -245,8 +245,8 @@ def test_an_own_test_split_is_kept_as_it_is_and_its_texts_are_not_trained_on(
 @pytest.mark.parametrize(
     ("csv", "reason"),
     [
-        ("text,label\nx,ham\n", "Labels that no other row has: ['ham']"),
-        ("text,label\n,0\nx,\n", "has 0 rows with a text and a label"),
+        ("text,label\nx,ham\n", "unknown: ['ham']; known: ['0', 'spam']"),
+        ("text,label\n,0\nx,\n", "test_dataset_name: 0 rows with text and label"),
         ("text,label\na,0\nb c,0\n", "1 different labels (spam)"),
         ("text,label\na,0\nb c,0\nc,0\nd,0\n", "0 different labels"),
     ],

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -222,6 +223,29 @@ def test_a_file_is_classified_row_by_row(hosts):
         assert rows["label"][place] in CLASSES
         assert 1 / 3 < float(rows["confidence"][place]) <= 1
     assert not (hosts.kaggle.working / "outputs" / "predictions.csv").exists()
+
+
+def test_the_baseline_is_kept_and_answers_as_scored(run, reviews):
+    baseline = joblib.load(run.folder / "outputs" / "tfidf.joblib")
+    verdicts = dict(zip(reviews["Review"], reviews["Verdict"]))
+    truth = [CLASSES.index(verdicts[text]) for text in run.texts]
+    matrix = confusion_matrix(truth, baseline.predict(run.texts), labels=range(3))
+    expected = run.results["baselines"]["tfidf_logreg"]["confusion_matrix"]
+    assert matrix.tolist() == expected
+
+
+def test_cautions_are_said_where_the_scores_are(run):
+    results = run.results
+    said = " ".join(results["cautions"])
+    tfidf = results["baselines"]["tfidf_logreg"]
+    assert ("take TF-IDF" in said) == (results["test"]["f1_macro"] < tfidf["f1_macro"])
+    counts = np.array(results["test"]["confusion_matrix"]).sum(axis=0)
+    for name, count in zip(CLASSES, counts):
+        assert (count == 0) == bool(re.search(f"NEVER answered:[^.]*{name}", said))
+    for caution in results["cautions"]:
+        assert caution in run.kernel.printed()
+        card = run.folder / "outputs" / "adapter" / "README.md"
+        assert caution in card.read_text()
 
 
 def test_what_is_taken_away_can_be_read_by_others(run):
