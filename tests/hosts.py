@@ -297,9 +297,12 @@ def hosts(tmp_path_factory, tiny_bert, reviews):
     settings = dict(SETTINGS)
     settings["QLORA_MODEL_NAME"] = tiny_bert
     settings["QLORA_DATASET_NAME"] = str(data / "reviews.csv")
-    of_colab = settings | WITHOUT_STUDIES
+    of_colab = dict(settings)
+    of_colab.update(WITHOUT_STUDIES)
     of_colab["QLORA_PREDICT_NAME"] = str(data / "texts.csv")
-    of_kaggle = settings | SHORT_STUDIES | KEYS
+    of_kaggle = dict(settings)
+    of_kaggle.update(SHORT_STUDIES)
+    of_kaggle.update(KEYS)
     of_kaggle["WANDB_BASE_URL"] = NOBODY
     colab = Host(
         "colab",
