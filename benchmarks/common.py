@@ -177,9 +177,10 @@ def build(base: str, adapters: bool, config, names: list[str], head: list[str]):
     if config.gradient_checkpointing:
         nb.checkpoint_layers(model)
     if adapters:
+        nb.finish_base(model, head)
         model = nb.get_peft_model(model, nb.lora_config(config, head))
     if adapters and config.frozen_dtype == "compute":
-        nb.keep_compute_dtype(model, head)
+        nb.keep_compute_dtype(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # gradients in fp16 could not be unscaled
             parameter.data = parameter.data.float()
@@ -190,7 +191,7 @@ def random_texts(count: int, length: int):
     """Return `count` tokenized texts of `length` random tokens, half of them of each class."""
     nb = notebook()
     ids = nb.np.random.default_rng(0).integers(1000, 30_000, (count, length)).tolist()
-    columns = {"input_ids": ids, "attention_mask": [[1] * length] * count, "label": [i % 2 for i in range(count)]}
+    columns = {"input_ids": ids, "attention_mask": [[1] * length] * count, "label": [i % 2 for i in range(count)], "length": [length] * count}
     return nb.Dataset.from_dict(columns)
 
 

@@ -254,13 +254,15 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
     lines = [
         f"\n{about['model']} on {about['dataset']}, {n_texts:,} test texts;"
         f" {about['device']}",
-        score_line("QLoRA adapter", results["test"]),
         score_line("merged model", results["test_merged"]),
+        score_line("adapter", results["test"]),
     ]
     for name, scores in results["baselines"].items():
-        lines.append(score_line(name, scores))
+        if scores is not None:
+            lines.append(score_line(name, scores))
     lines += [
         f"largest class           {about['largest_class']:.1%}",
+        results["reliable"]["words"],
         *results["cautions"],
         f"time, memory            {seconds:.0f} s; {spent}; {memory:.1f} GB",
         f"results and plots       {data_dir}/",

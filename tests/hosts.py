@@ -278,11 +278,15 @@ class Host:
 
 @pytest.fixture(scope="module")
 def reviews(sentences):
-    """400 sentences of three classes; one is of those with a quote or a question."""
+    """400 sentences of three classes; one is of those with a quote or a question.
+
+    Some have markup and double blanks.
+    """
     rows = sentences.sample(400, random_state=0)
     verdict = rows["label"].replace({"positive": "praise", "negative": "pan"})
     verdict = verdict.mask(rows["text"].str.contains("[?']"), "quote")
-    rows["Review"] = rows["text"]
+    marked_up = rows["text"].str.replace(" ", "<br />  ", n=1)
+    rows["Review"] = rows["text"].where(rows.index % 3 > 0, marked_up)
     rows["Verdict"] = verdict
     return rows[["Review", "Verdict"]]
 

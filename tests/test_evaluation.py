@@ -1,4 +1,4 @@
-"""Sections 4, 5, 9 and 12: tokens, scores, predictions, results, the model card."""
+"""Sections 4, 5, 8, 9 and 12: tokens, scores, confidence, predictions, results."""
 
 import json
 from unittest.mock import MagicMock
@@ -300,51 +300,90 @@ def test_a_write_that_fails_leaves_the_old_file(notebook, tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.fixture
-def card(notebook, tiny_config):
-    """The model card of a run, and the scores that it was given."""
-    labels = np.arange(40) % 2
-    scores = []
-    for period in (2, 3, 5):
-        predictions = np.arange(40) % period % 2
-        scores.append(notebook.score(labels, predictions, 2))
-    results = {
-        "test": scores[0],
-        "test_merged": scores[1],
-        "baselines": {"tfidf_logreg": scores[2]},
-        "calibration": {"ece": 0.0321},
-        "cautions": ["NEVER answered: bad.", "What can help: more texts."],
-        "provenance": {
-            "model": "owner/base",
-            "dataset": "reviews.csv",
-            "labels": ["bad", "good"],
-            "largest_class": 0.625,
-        },
-    }
-    config = tiny_config.model_copy(update={"lora_r": 13})
-    return notebook.model_card(results, config, ["classifier", "pooler"]), scores
+def overconfident(notebook, temperature, n_texts=4000):
+    """Return logits that are `temperature` times too large, and their labels."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 1.5, (n_texts, 3))
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = [random.choice(3, p=row) for row in shares]
+    return (temperature * logits).astype(np.float32), np.array(labels)
 
 
-def test_the_card_has_the_scores(notebook, card):
-    text, scores = card
-    for row in scores:
-        accuracy = notebook.percent(row)
-        weighted = notebook.percent(row, "f1_weighted")
-        assert f"| {accuracy} | {weighted} |" in text
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_is_found(notebook, temperature):
+    logits, labels = overconfident(notebook, temperature)
+    assert notebook.fit_temperature(logits, labels) == pytest.approx(
+        temperature, rel=0.07
+    )
 
 
-def test_the_card_says_what_the_adapter_is_and_where_it_was_tested(card):
-    text, _ = card
-    assert "base_model: owner/base" in text.split("---")[1]
-    for figure in ("62.5%", "3.2 points", "rank 13", "32 tokens", "40 test texts"):
-        assert figure in text
-    assert "bad, good" in text
-    assert "NEVER answered: bad. What can help: more texts." in text
-    assert "`reviews.csv`" in text
-    assert "{" not in text  # each place is filled in
+@pytest.mark.parametrize(("factor", "bound"), [(100, 5), (0.01, 0.2)])
+def test_the_temperature_is_bounded(notebook, factor, bound):
+    logits, labels = overconfident(notebook, factor)
+    assert notebook.fit_temperature(logits, labels) == pytest.approx(bound, abs=0.01)
 
 
-def test_the_card_names_no_path_of_the_machine(card, tiny_config):
-    text, _ = card
-    assert tiny_config.model_name not in text
-    assert tiny_config.output_dir not in text
+def test_calibration_weighs_bins_by_their_texts_and_survives_ties(notebook):
+    """80% of the texts at 1.0, all right; the others from 0.5 to 1, half right."""
+    confidences = np.concatenate([np.ones(800), np.linspace(0.5, 0.99, 200)])
+    is_right = np.concatenate([np.ones(800), np.arange(200) % 2]).astype(bool)
+    error, bins = notebook.calibration(confidences, is_right)
+    assert bins["texts"].sum() == 1000
+    assert error == pytest.approx(0.2 * (0.745 - 0.5), abs=0.001)
+    assert bins["texts"].tolist()[-1] == 800
+    error, bins = notebook.calibration(np.full(10, 0.7), np.arange(10) < 7)
+    assert error == pytest.approx(0)
+    assert len(bins) == 1
+
+
+def test_the_lowest_confidence_to_rely_on(notebook):
+    """Wrong are one of the 100 highest, 3 of the next 100, and half of the others."""
+    confidences = np.linspace(1, 0.5, 500)
+    is_right = np.ones(500, dtype=bool)
+    is_right[[50, 110, 120, 130]] = False
+    is_right[200::2] = False
+    threshold = notebook.reliable_confidence(confidences, is_right, 0.98)
+    n_kept = np.sum(confidences >= threshold)
+    assert is_right[confidences >= threshold].mean() >= 0.98
+    assert n_kept == 200  # 4 of 200 are wrong
+    for more in range(1, 50):
+        assert is_right[: n_kept + more].mean() < 0.98
+    assert f"{threshold:.4f}" == str(threshold)
+
+
+@pytest.mark.parametrize(("n_texts", "exists"), [(49, False), (50, True), (5000, True)])
+def test_too_few_right_answers_give_no_confidence_to_rely_on(notebook, n_texts, exists):
+    confidences = np.full(n_texts, 0.99999, dtype=np.float32)
+    is_right = np.ones(n_texts, dtype=bool)
+    threshold = notebook.reliable_confidence(confidences, is_right, 0.98)
+    assert (threshold == 0.9999) == exists
+    is_right[::10] = False
+    assert notebook.reliable_confidence(confidences, is_right, 0.98) is None
+
+
+def test_calibrated_confidence_shows_about_a_point_of_error_on_2000_texts(notebook):
+    random = np.random.default_rng(0)
+    errors = []
+    for _ in range(100):
+        confidences = 1 - 0.5 * random.beta(0.4, 2, 2000)
+        is_right = random.random(2000) < confidences
+        errors.append(notebook.calibration(confidences, is_right)[0])
+    assert 0.008 < np.mean(errors) < 0.014
+
+
+@pytest.mark.parametrize(("min_precision", "n_texts"), [(0.9, 10), (0.8, 5)])
+def test_as_many_answers_as_show_one_mistake_are_enough(
+    notebook, min_precision, n_texts
+):
+    is_right = np.ones(n_texts, dtype=bool)
+    confidences = np.full(n_texts, 0.9)
+    assert notebook.reliable_confidence(confidences, is_right, min_precision) == 0.9
+    fewer = is_right[1:]
+    assert notebook.reliable_confidence(confidences[1:], fewer, min_precision) is None
+
+
+def test_a_share_has_an_interval(notebook):
+    share, (low, high) = notebook.share_of(np.arange(100) < 98)
+    assert share == 0.98
+    assert 0.92 < low < 0.98 < high < 1
+    assert json.loads(json.dumps([share, low, high])) == [share, low, high]

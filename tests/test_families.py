@@ -172,6 +172,35 @@ def test_its_layers_are_recomputed(family):
     assert family.recomputed >= 2
 
 
+def test_its_logits_can_be_divided_by_a_temperature(family):
+    settings = (TEXTS, family.config, family.tokenizer)
+    before = nb.predict_logits(family.model, *settings)
+    nb.divide_logits(family.model, 2)
+    after = nb.predict_logits(family.model, *settings)
+    nb.divide_logits(family.model, 0.5)
+    assert np.abs(after - before / 2).max() < 1e-6
+    assert np.array_equal(before, nb.predict_logits(family.model, *settings))
+
+
+@pytest.mark.parametrize("frozen_dtype", ["float32", "compute"])
+def test_its_frozen_states_are_averaged_over_the_tokens_of_a_text(family, frozen_dtype):
+    changes = {"frozen_dtype": frozen_dtype, "bnb_4bit_compute_dtype": "bfloat16"}
+    config = family.config.model_copy(update=changes)
+    base = nb.load_base(config, NAMES, family.head)
+    if family.name == "funnel":  # it has fewer states than tokens
+        pytest.skip("section 6 leaves it out")
+    states = nb.mean_states(base, TEXTS, config, family.tokenizer)
+    assert states.shape == (len(TEXTS), 64)
+    if family.name == "convbert":  # its convolutions read padding, too
+        return
+    for text, row in zip(TEXTS, states):
+        tokens = family.tokenizer(text, return_tensors="pt").to(base.device)
+        with torch.inference_mode():
+            alone = base.base_model(**tokens).last_hidden_state[0].float()
+        atol = 1e-4 if frozen_dtype == "float32" else 0.1
+        assert np.allclose(alone.mean(dim=0).numpy(), row, atol=atol)
+
+
 def test_it_answers_the_same_reloaded_and_merged(family, tmp_path):
     family.model.save_pretrained(tmp_path)
     reloaded = nb.load_adapter(tmp_path, family.config, NAMES, family.head)

@@ -163,14 +163,16 @@ def test_the_summary_gives_the_scores_of_the_run(notebook):
     path = ROOT / "Data" / "reference" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     results["cautions"] = ["NEVER answered: good."]
+    results["reliable"] = {"words": "A third can be relied on."}
+    results["baselines"]["frozen_logreg"] = None
     results["training"]["seconds_in_all"] = results["training"]["seconds"] + 50
     text = run_notebook.summary(results, "Data", "outputs", Path("executed.ipynb"))
-    assert "\nNEVER answered: good.\n" in text
+    assert "\nA third can be relied on.\nNEVER answered: good.\n" in text
     seconds = results["training"]["seconds_in_all"]
     assert f"with interrupted runs {seconds:.0f} s" in text
     rows = {line[:24].strip(): line[24:] for line in text.splitlines()}
     tfidf = results["baselines"]["tfidf_logreg"]
-    assert rows["QLoRA adapter"].startswith(notebook.percent(results["test"]))
+    assert rows["adapter"].startswith(notebook.percent(results["test"]))
     assert rows["merged model"].startswith(notebook.percent(results["test_merged"]))
     assert rows["tfidf_logreg"].startswith(notebook.percent(tfidf))
     assert rows["results and plots"] == "Data/"

@@ -5,6 +5,7 @@ import csv
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ def classify():
         return [{"label": text[0], "score": 0.5 + 0.001 * len(text)} for text in texts]
 
     answer.asked = []
+    answer.model = SimpleNamespace(config=SimpleNamespace(reliable_confidence=0.54))
     return answer
 
 
@@ -104,15 +106,24 @@ def test_integers_of_parquet_stay_integers(notebook, classify, tmp_path):
 def test_without_any_text_no_row_gets_a_label(notebook, classify, tmp_path):
     write(tmp_path / "texts.csv", "id,text\n1,\n")
     assert classified(notebook, tmp_path / "texts.csv", classify) == [
-        {"id": "1", "text": "", "label": "", "confidence": ""}
+        {"id": "1", "text": "", "label": "", "confidence": "", "reliable": ""}
     ]
 
 
-def test_what_a_model_reads_is_cleaned_as_in_training(notebook, classify, tmp_path):
-    write(tmp_path / "texts.csv", 'text\n"a<br />b\n c"\n')
+def test_a_model_reads_texts_as_they_came_as_in_training(notebook, classify, tmp_path):
+    write(tmp_path / "texts.csv", 'text\n"A<br />b\n c"\n')
     rows = classified(notebook, tmp_path / "texts.csv", classify)
-    assert classify.asked == ["a b c"]
-    assert rows[0]["text"] == "a<br />b\n c"
+    assert classify.asked == ["A<br />b\n c"]
+    assert rows[0]["text"] == "A<br />b\n c"
+
+
+def test_answers_to_rely_on_are_marked(notebook, classify, tmp_path):
+    write(tmp_path / "texts.csv", f'text\n{"a" * 40}\n""\n{"b" * 39}\n')
+    rows = classified(notebook, tmp_path / "texts.csv", classify)
+    assert [row["reliable"] for row in rows] == ["True", "", "False"]
+    classify.model.config.reliable_confidence = None
+    rows = classified(notebook, tmp_path / "texts.csv", classify)
+    assert [row["reliable"] for row in rows] == ["", "", ""]
 
 
 def test_columns_of_the_same_names_are_kept(notebook, classify, tmp_path):

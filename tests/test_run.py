@@ -14,8 +14,10 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import NOTEBOOK
 from nbclient.exceptions import CellExecutionError
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
 CLASSES = ["pan", "praise", "quote"]
@@ -35,6 +37,7 @@ BEFORE_SECTION_10 = [
     "cautions",
     "training",
     "calibration",
+    "reliable",
 ]
 PARTS = [*BEFORE_SECTION_10, "efficiency", "rank_sensitivity", "sections"]
 SCORES = ["accuracy", "f1_weighted", "f1_macro"]
@@ -195,7 +198,7 @@ def test_every_score_lies_in_its_interval(run):
     for scores in (
         results["test"],
         results["test_merged"],
-        results["baselines"]["tfidf_logreg"],
+        *results["baselines"].values(),
     ):
         for name in SCORES:
             low, high = scores[f"{name}_ci95"]
@@ -210,8 +213,14 @@ def test_every_answer_on_the_test_split_is_written(run, reviews):
     verdicts = dict(zip(reviews["Review"], reviews["Verdict"]))
     assert list(answers["truth"]) == [verdicts[text] for text in run.texts]
     is_right = answers["truth"] == answers["answer"]
-    assert is_right.mean() == pytest.approx(run.results["test"]["accuracy"])
+    assert is_right.mean() == pytest.approx(run.results["test_merged"]["accuracy"])
     assert answers["confidence"].between(1 / 3, 1).all()
+    threshold = run.results["reliable"]["threshold"]
+    if threshold is None:
+        assert answers["reliable"].isna().all()
+    else:
+        expected = answers["confidence"] >= threshold
+        assert list(answers["reliable"]) == list(expected)
 
 
 def test_a_file_is_classified_row_by_row(hosts):
@@ -237,9 +246,11 @@ def test_the_baseline_is_kept_and_answers_as_scored(run, reviews):
 def test_cautions_are_said_where_the_scores_are(run):
     results = run.results
     said = " ".join(results["cautions"])
-    tfidf = results["baselines"]["tfidf_logreg"]
-    assert ("take TF-IDF" in said) == (results["test"]["f1_macro"] < tfidf["f1_macro"])
-    counts = np.array(results["test"]["confusion_matrix"]).sum(axis=0)
+    ours = results["test_merged"]["f1_macro"]
+    for key, name in (("tfidf_logreg", "TF-IDF"), ("frozen_logreg", "frozen base")):
+        is_beaten = ours > results["baselines"][key]["f1_macro"]
+        assert (f"No better than {name}" in said) == (not is_beaten)
+    counts = np.array(results["test_merged"]["confusion_matrix"]).sum(axis=0)
     for name, count in zip(CLASSES, counts):
         assert (count == 0) == bool(re.search(f"NEVER answered:[^.]*{name}", said))
     for caution in results["cautions"]:
@@ -257,10 +268,35 @@ def test_what_is_taken_away_can_be_read_by_others(run):
 
 
 def test_the_calibration_is_of_the_test_answers(run):
-    """Its bins are of about equal size."""
-    accuracies = [each["accuracy"] for each in run.results["calibration"]["bins"]]
-    accuracy = run.results["test"]["accuracy"]
-    assert np.mean(accuracies) == pytest.approx(accuracy, abs=0.05)
+    calibration = run.results["calibration"]
+    bins = pd.DataFrame(calibration["bins"])
+    assert bins["texts"].sum() == len(run.texts)
+    accuracy = np.average(bins["accuracy"], weights=bins["texts"])
+    assert accuracy == pytest.approx(run.results["test_merged"]["accuracy"])
+    distances = (bins["accuracy"] - bins["confidence"]).abs()
+    assert calibration["ece"] == pytest.approx(
+        np.average(distances, weights=bins["texts"])
+    )
+
+
+def test_a_second_run_of_its_cell_does_not_divide_by_the_temperature_again(run):
+    """Kaggle runs each cell twice; the checkpoint of the training stays as it was."""
+    temperature = run.results["calibration"]["temperature"]
+    (finished,) = (run.folder / "outputs" / "checkpoints").glob("*/finished")
+    trained = load_file(finished / "adapter" / "adapter_model.safetensors")
+    kept = load_file(run.folder / "outputs" / "adapter" / "adapter_model.safetensors")
+    assert set(trained) == set(kept)
+    for name in trained:
+        factor = temperature if "classifier" in name else 1
+        assert torch.allclose(kept[name] * factor, trained[name]), name
+
+
+def test_the_merged_model_knows_from_where_on_it_can_be_relied_on(run):
+    about = json.loads((run.folder / "outputs/merged/config.json").read_text())
+    reliable = run.results["reliable"]
+    assert about.get("reliable_confidence") == reliable["threshold"]
+    assert reliable["words"] in run.kernel.printed()
+    assert reliable["min_precision"] == 0.98
 
 
 def test_results_have_all_parts(run):
@@ -325,7 +361,10 @@ def matrix_of(program, run, folder, reviews):
         capture_output=True,
         text=True,
     )
-    answers = re.findall("|".join(CLASSES), done.stdout)
+    if done.stdout.startswith("[["):  # the probabilities of each text
+        answers = [CLASSES[np.argmax(row)] for row in json.loads(done.stdout)]
+    else:
+        answers = re.findall("|".join(CLASSES), done.stdout)
     verdicts = dict(zip(reviews["Review"], reviews["Verdict"]))
     truth = [verdicts[text] for text in run.texts]
     return confusion_matrix(truth, answers, labels=CLASSES).tolist()
@@ -341,16 +380,37 @@ def test_the_merged_model_answers_as_scored_without_bitsandbytes(
     assert np.count_nonzero(answers) > 1  # else the same answer to all would do
 
 
-def test_the_code_of_the_card_answers_as_scored(run, reviews, tiny_bert):
-    adapter = run.folder / "outputs" / "adapter"
-    lines = re.findall("^    (.*)", (adapter / "README.md").read_text(), re.MULTILINE)
-    code = "\n".join(lines)
-    code = code.replace("path/to/this/folder", str(adapter))
-    code = code.replace("path/to/", "")  # of the base, from beside which it is run
-    load, classify = code.split('text = "A text."\n')
-    loop = "import json, sys\nfor text in json.load(sys.stdin):\n "
-    program = load + loop + classify.replace("\n", "\n ")
-    matrix = matrix_of(program, run, Path(tiny_bert).parent, reviews)
+@pytest.fixture
+def card_code(run, tiny_bert, tmp_path):
+    """The adapter's folder, its base where the card says, and the card's two codes."""
+    outputs = tmp_path / "outputs"
+    shutil.copytree(run.folder / "outputs", outputs)
+    base = outputs / "adapter" / "path" / "to" / Path(tiny_bert).name
+    shutil.copytree(tiny_bert, base)
+    card = (outputs / "adapter" / "README.md").read_text()
+    code = re.findall("^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    return outputs / "adapter", code
+
+
+def test_the_code_of_the_card_runs_as_written(card_code):
+    adapter, code = card_code
+    said = []
+    for program in code:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=adapter, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(re.findall("|".join(CLASSES), done.stdout))
+    merged, ours = said
+    assert merged == ours
+    assert len(ours) == 1
+
+
+def test_the_code_of_the_card_answers_as_scored(run, reviews, card_code):
+    adapter, (_, code) = card_code
+    load, classify = code.split("inputs = ")
+    loop = "import json, sys\nfor text in json.load(sys.stdin):\n inputs = "
+    program = load + loop + classify.replace('"A text."', "text").replace("\n", "\n ")
+    matrix = matrix_of(program, run, adapter, reviews)
     assert matrix == run.results["test"]["confusion_matrix"]
 
 
