@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 
 import pandas as pd
 from hypothesis import HealthCheck, assume, given
@@ -132,7 +133,8 @@ def to_keep(rows):
     """Return the keys of texts with one label each, and that."""
     labels = {}
     for text, label in rows:
-        text = " ".join(re.sub(r"<br\s*/?>", " ", text).split()).casefold()
+        text = re.sub(r"(?i)<br\s*/?>", " ", text)
+        text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
         label = re.sub(r"\.0$", "", str(label))
         labels.setdefault(text, set()).add(label)
     kept = set()
