@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{options.file}: there is no such file or folder.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when imported
     path = options.output or options.model.parent / "predictions.csv"
-    if path.is_dir() or path.resolve() == Path(options.file).resolve():
-        raise SystemExit(f"--output {path} is a folder, or the file to be classified.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    source = Path(options.file).resolve()
+    if path.is_dir() or source in [path.resolve(), *path.resolve().parents]:
+        raise SystemExit(f"--output {path} is a folder, or what is to be classified.")
     # imported here: the libraries take some seconds
     from notebook_api import import_definitions
     from transformers import pipeline
@@ -48,11 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
     notebook = import_definitions()
     try:
         classify = pipeline("text-classification", model=str(options.model))
+    except Exception as error:  # transformers and safetensors raise what they raise
+        raise SystemExit(f"--model {options.model} cannot be used: {error}") from None
+    if len(classify.tokenizer) < classify.model.config.vocab_size / 2:
+        raise SystemExit(f"--model {options.model} has no tokenizer of its model.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if options.text_column:
+            for table in notebook.read_tables(options.file):
+                notebook.find_column(table, "text_column", options.text_column, [])
         notebook.classify_file(options.file, path, classify, options.text_column)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         raise SystemExit(
             f"{error}\nThe column of the texts is named by --text-column, the"
-            " classifier's folder by --model."
+            " classifier's folder by --model, the file to be written by --output."
         ) from None
 
 

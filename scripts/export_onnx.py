@@ -6,6 +6,7 @@ logits as the model for texts of different lengths.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import time
@@ -27,8 +28,8 @@ def check_folder(folder: Path) -> None:
     """
     path = folder / "config.json"
     config = {}
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
     found = "no model (config.json with `architectures`)"
     for name in config.get("architectures") or []:
         if name.endswith("ForSequenceClassification"):

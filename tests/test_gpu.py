@@ -58,6 +58,7 @@ def random_texts(count, shortest=8):
             "input_ids": ids,
             "attention_mask": [[1] * len(text) for text in ids],
             "label": [int(text[0] >= 500) for text in ids],
+            "length": [len(text) for text in ids],
         }
     )
 

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -216,11 +217,49 @@ def test_a_place_that_cannot_be_written_is_refused_before(merged, tmp_path):
     path = write(tmp_path / "texts.csv", "text\na\n")
     for output in (tmp_path, path):
         done = run_script(str(path), "--model", str(merged), "--output", str(output))
-        assert "is a folder, or the file to be classified" in done.stderr
+        assert "is a folder, or what is to be classified" in done.stderr
     assert path.read_text() == "text\na\n"
     new = tmp_path / "new" / "answers.csv"
     assert run_script(str(path), "--model", str(merged), "--output", str(new)).stdout
     assert new.exists()
+
+
+def test_what_is_read_is_not_written_over(merged, tmp_path):
+    path = write(tmp_path / "in" / "a.csv", "text\na\n")
+    output = tmp_path / "in" / "b.csv"
+    done = run_script(str(path.parent), "--model", str(merged), "--output", str(output))
+    assert "what is to be classified" in done.stderr
+    assert not output.exists()
+
+
+def test_a_column_that_is_not_there_is_refused(merged, tmp_path):
+    path = write(tmp_path / "texts.csv", "text,body\na,b\n")
+    done = run_script(str(path), "--model", str(merged), "--text-column", "bdoy")
+    assert "0 columns of texts.csv are called bdoy, of text, body" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", None, "no tokenizer"),
+        ("model.safetensors", b"{", "cannot be used"),
+        ("config.json", b"{", "no model"),
+        ("config.json", b"[]", "no model"),
+    ],
+)
+def test_a_damaged_model_ends_in_a_sentence(merged, tmp_path, name, content, said):
+    path = write(tmp_path / "texts.csv", "text\na\n")
+    model = tmp_path / "merged"
+    shutil.copytree(merged, model)
+    if content is None:
+        for file in [*model.glob("tokenizer*"), *model.glob("vocab*")]:
+            file.unlink()
+    else:
+        (model / name).write_bytes(content)
+    done = run_script(str(path), "--model", str(model))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_a_trained_model_the_script_says_how_to_get_one(tmp_path):

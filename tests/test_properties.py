@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -135,6 +136,7 @@ def to_keep(rows):
     for text, label in rows:
         text = re.sub(r"(?i)<br\s*/?>", " ", text)
         text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        text = text and hashlib.sha256(text.encode()).hexdigest()
         label = re.sub(r"\.0$", "", str(label))
         labels.setdefault(text, set()).add(label)
     kept = set()

@@ -79,7 +79,7 @@ def test_of_many_files_the_one_without_a_label_column_is_named(notebook, tmp_pat
 
 def test_labels_of_any_type_become_text(notebook):
     labels = ["spam", " a ", True, 1, 2.0, 2.5, np.int8(3), "-1.00", "1.50"]
-    expected = ["spam", "a", "True", "1", "2", "2.5", "3", "-1", "1.50"]
+    expected = ["spam", "a", "True", "1", "2", "2.5", "3", "-1.00", "1.50"]
     texts = ["a"] * len(labels)
     rows = notebook.pick_columns([frame(texts, labels)])
     assert list(rows["label"]) == expected
