@@ -191,7 +191,8 @@ def random_texts(count: int, length: int):
     """Return `count` tokenized texts of `length` random tokens, half of them of each class."""
     nb = notebook()
     ids = nb.np.random.default_rng(0).integers(1000, 30_000, (count, length)).tolist()
-    columns = {"input_ids": ids, "attention_mask": [[1] * length] * count, "label": [i % 2 for i in range(count)], "length": [length] * count}
+    columns = {"input_ids": ids, "attention_mask": [[1] * length] * count, "label": [i % 2 for i in range(count)]}
+    columns["length"] = [length] * count
     return nb.Dataset.from_dict(columns)
 
 

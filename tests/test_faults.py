@@ -1,4 +1,4 @@
-"""What users brought that once ended in a wrong result, a library's message, or loss."""
+"""What users brought that ended in a wrong result, a library's message, or loss."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ CLASSES = ["<script>alert(1)</script>", "x" * 80, "电影"]
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory, tiny_bert):
-    """A run on texts without words in `Data`, with odd classes, into the home folder."""
+    """A run on texts without words in `Data`, odd classes, and the home folder."""
     environ = dict(SETTINGS)
     environ.update(WITHOUT_STUDIES)
     environ["QLORA_MODEL_NAME"] = tiny_bert
