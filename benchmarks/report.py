@@ -236,6 +236,19 @@ def lengths(results: dict, file: str, folder: Path | None) -> str:
     return "\n\n".join(["## To which step is a batch padded?", lead, markdown(frame), source(results, file)]) + "\n"
 
 
+def load(results: dict, file: str, folder: Path | None) -> str:
+    """Return the section on how many rows fit."""
+    frame = pd.DataFrame(results["runs"])
+    table = pd.DataFrame({"rows": frame["rows"].map("{:,}".format)})
+    table["file, MB"] = frame["file_mb"].map("{:,.0f}".format)
+    for section in ("3 Data", "4 Tokens", "5 A baseline to beat", "6 The 4-bit base"):
+        table[f"{section}, s"] = [f"{seconds[section]:.0f}" for seconds in frame["seconds"]]
+    table["to the start of training, s"] = frame["seconds_in_all"].map("{:.0f}".format)
+    table["peak, GB"] = frame["peak_gb"].map("{:.1f}".format)
+    lead = "The notebook up to its training: a CSV of rows of 150 made-up words, a tiny model, 128 tokens."
+    return "\n\n".join(["## How many rows fit?", lead, markdown(table.set_index("rows")), source(results, file)]) + "\n"
+
+
 def overview(results: dict, folder: Path) -> None:
     """Draw README's first figure: accuracy, memory and seconds of trainings."""
     shown = {"TF-IDF": "tfidf_nb_svm", "full fine-tuning": "full_finetuning"}
@@ -260,7 +273,7 @@ def overview(results: dict, folder: Path) -> None:
 
 
 SECTIONS = {"accuracy.json": accuracy, "accuracy-small.json": accuracy, "speed.json": speed}
-SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "lengths.json": lengths}
+SECTIONS |= {"memory.json": memory, "ranks.json": ranks, "lengths.json": lengths, "load.json": load}
 
 
 def write(read: Path, text: Path, folder: Path | None) -> None:

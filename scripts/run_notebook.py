@@ -72,7 +72,10 @@ def own_settings(notebook: nbformat.NotebookNode) -> dict:
 
 def chosen(field: str, own: dict, environ: MutableMapping[str, str]) -> str:
     """Return a setting as the notebook will read it; empty where nothing sets it."""
-    return str(own.get(field) or environ.get(f"QLORA_{field.upper()}") or "")
+    for value in (own.get(field), environ.get(f"QLORA_{field.upper()}")):
+        if str(value or "").strip():
+            return str(value).strip()
+    return ""
 
 
 def use_offline_assets(own: dict, environ: MutableMapping[str, str]) -> None:
@@ -284,8 +287,8 @@ def main() -> None:
             flush=True,
         )
         use_offline_assets(own, os.environ)
-    output_dir = chosen("output_dir", own, os.environ) or "outputs"
-    data_dir = chosen("data_dir", own, os.environ) or "Data"
+    output_dir = os.path.expanduser(chosen("output_dir", own, os.environ) or "outputs")
+    data_dir = os.path.expanduser(chosen("data_dir", own, os.environ) or "Data")
     executed = ROOT / output_dir / f"{NOTEBOOK.stem}.executed.ipynb"
     seconds = execute(NOTEBOOK, executed, ROOT)
     results = add_sections(ROOT / data_dir / "results.json", seconds)

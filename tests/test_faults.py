@@ -73,7 +73,7 @@ def test_no_warning_is_shown_for_signs_that_a_font_lacks(odd):
 
 
 def test_other_settings_without_the_sections_that_use_them_say_where_to_run(odd):
-    cell = next(c for c in odd.nb.cells if "tokenized_config:" in c.source)
+    cell = next(c for c in odd.nb.cells if "in (tokenized_config" in c.source)
     place = odd.nb.cells.index(cell)
     odd.run(0, "kept = config\nconfig = config.model_copy(update={'lora_r': 3})")
     source = (
@@ -86,6 +86,27 @@ def test_other_settings_without_the_sections_that_use_them_say_where_to_run(odd)
 
 def indented(source):
     return "\n".join(f"    {line}" for line in source.splitlines())
+
+
+def test_an_adapter_of_other_settings_is_not_scored(odd):
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
+    for words in ("reloaded = load_adapter", "labelled = "):
+        cell = next(c for c in odd.nb.cells if words in c.source)
+        source = indented(cell.source)
+        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+        (said,) = odd.run(odd.nb.cells.index(cell), source)
+        assert said.text.startswith("Run all cells: a finished training")
+    odd.run(0, "config = kept")
+
+
+def test_what_training_freed_is_loaded_again_or_said(odd):
+    for words in ("full_mb = storage(published)", "frozen_predictions = None"):
+        cell = next(c for c in odd.nb.cells if words in c.source)
+        source = indented(cell.source)
+        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+        (said,) = odd.run(odd.nb.cells.index(cell), source)
+        assert said.text.startswith("Training freed this model: run section 6")
+    assert odd.ask("frozen_scores['n']") == 15
 
 
 @pytest.mark.parametrize("sentences", ["[]", "'a text'", "5", "None"])
@@ -104,7 +125,7 @@ def test_what_is_no_list_of_sentences_is_refused(odd, sentences):
 def test_sections_9_and_12_alone_say_what_to_run(words):
     (cell,) = [cell for cell in code_cells() if words in cell.source]
     source = cell.source
-    with pytest.raises(RuntimeError, match="Run all cells: nothing is trained again"):
+    with pytest.raises(RuntimeError, match="Run all cells: a finished training"):
         exec(source, {"PeftModel": None, "torch": torch})
 
 
@@ -241,3 +262,67 @@ def notebook_plt():
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def test_no_file_of_a_folder_is_left_out_without_a_word(notebook, tmp_path):
+    write(tmp_path / "data" / "a.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path / "data" / "results.json", '[{"text": "c", "label": "x"}]')
+    write(tmp_path / "data" / "Licence.txt", "free")
+    assert len(notebook.read_tables(str(tmp_path / "data"))) == 2
+    (tmp_path / "data" / "b.csv").symlink_to(tmp_path / "nowhere.csv")
+    assert "b.csv cannot be read" in refusal(
+        notebook.read_tables, str(tmp_path / "data")
+    )
+    (tmp_path / "data" / "b.csv").unlink()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "more")
+    assert "more" in refusal(notebook.read_tables, str(tmp_path / "data"))
+
+
+def test_signs_of_no_width_make_no_other_class_text_or_copy(notebook):
+    texts = ["a b", "a\u200b b", "\u200b", "c", "d"]
+    labels = ["x", "x\ufeff", "x", "y", "\u2060"]
+    table = pd.DataFrame({"text": texts, "label": labels})
+    rows, counts = notebook.clean(notebook.pick_columns([table]))
+    assert list(rows["text"]) == ["a b", "c"]
+    assert set(rows["label"]) == {"x", "y"}
+    assert counts["with a text"] == 4
+
+
+def test_labels_of_bytes_are_refused(notebook):
+    table = pd.DataFrame({"text": ["a", "b"], "label": [b"x", b"y"]})
+    assert "a value is no text: b'x'" in refusal(notebook.pick_columns, [table])
+
+
+def test_results_are_not_written_into_the_data(notebook, tmp_path):
+    settings = {"dataset_name": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="set another one"):
+        notebook.resolve_config(settings, {}, cuda=False)
+
+
+@pytest.mark.parametrize("settings", [None, {"dataset_name", "my.csv"}, ["seed"]])
+def test_settings_that_are_no_dictionary_are_refused_in_a_sentence(notebook, settings):
+    with pytest.raises(ValueError, match="with a colon"):
+        notebook.resolve_config(settings, {}, cuda=False)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(
+    notebook, tiny_config, tmp_path, tokenizer
+):
+    folder = tmp_path / "model"
+    notebook.shutil.copytree(tiny_config.model_name, folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about["pad_token"] = None
+    about["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write(folder / "tokenizer_config.json", json.dumps(about))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    config = tiny_config.model_copy(update={"model_name": str(folder)})
+    assert "has no pad_token" in refusal(notebook.open_checkpoint, config)
+
+
+def test_words_stand_under_the_classes_that_a_baseline_knows(notebook):
+    train = {"text": ["good film", "bad film", "dull film"] * 3, "label": [0, 2, 3] * 3}
+    tfidf = notebook.fit_tfidf(train)
+    words = notebook.words_by_class(tfidf, ["a", "c", "d"])
+    assert words["a"][0] in ("good", "good film")
+    assert words["d"][0] in ("dull", "dull film")

@@ -233,3 +233,15 @@ def test_the_seconds_of_each_section_are_added_to_the_results(tmp_path):
     run_notebook.add_sections(path, {"1 Setup": 1.26})
     expected = {"test": {}, "sections": {"1 Setup": 1.3}}
     assert json.loads(path.read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "environ", "expected"),
+    [
+        ({}, {"QLORA_DATA_DIR": " ~/d "}, "~/d"),
+        ({"data_dir": "x"}, {"QLORA_DATA_DIR": "y"}, "x"),
+        ({"data_dir": " "}, {"QLORA_DATA_DIR": " "}, ""),
+    ],
+)
+def test_blank_settings_do_not_count_and_others_are_stripped(own, environ, expected):
+    assert run_notebook.chosen("data_dir", own, environ) == expected

@@ -190,3 +190,91 @@ def test_any_bytes_are_read_or_refused_by_name(notebook, tmp_path_factory, raw, 
     table, said = answer(notebook.read_tables, str(path))
     if not table:
         assert said.startswith(f"a.{end} cannot be read: ")
+
+
+SPELLINGS = st.sampled_from(
+    ["yes", "Yes", "YES ", "y\u0065s", "no", "No", "ｎｏ", "café", "cafe\u0301", "Café"]
+    + ["1", "1.0", "01", "2", "2.00", "-1", "-1.0", "1e0", "n\u00a0o", "n  o"]
+)
+
+
+def number_or_word(label, only_numbers):
+    """Return what a label is compared by, as the notebook promises."""
+    key = unicodedata.normalize("NFKC", " ".join(label.split())).casefold()
+    if only_numbers:
+        key = re.sub(r"\.0+$", "", key)
+    return key
+
+
+@EFFORT
+@given(labels=st.lists(SPELLINGS, min_size=2, max_size=12))
+def test_labels_are_one_exactly_where_they_look_alike(notebook, capsys, labels):
+    capsys.readouterr()
+    texts = [f"text {number}" for number in range(len(labels))]
+    table = pd.DataFrame({"text": texts, "label": labels}, dtype=object)
+    only_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", text.strip()) for text in labels)
+    keys = [number_or_word(label, only_numbers) for label in labels]
+    found, said = answer(lambda: notebook.clean(notebook.pick_columns([table])))
+    if len(set(keys)) < 2:
+        assert "different labels" in said
+        return
+    rows, _ = found
+    classes = dict(zip(keys, rows["label"]))
+    assert list(rows["label"]) == [classes[key] for key in keys]
+    assert len(set(classes.values())) == len(classes)
+    printed = capsys.readouterr().out
+    spelled = {" ".join(label.split()) for label in labels}
+    assert ("one" in printed) == (len(spelled) > len(classes))
+
+
+CHANGES = {
+    "seed": [1, 2],
+    "learning_rate": [1e-4, 2e-4],
+    "max_length": [32, 64],
+    "frozen_dtype": ["float32", "compute"],
+    "class_weights": ["none", "balanced"],
+    "per_device_train_batch_size": [16, 32],
+    "gradient_accumulation_steps": [1, 2],
+}
+FREE = {
+    "min_precision": [0.9, 0.98],
+    "cuda_graphs": [True, False],
+    "efficiency_steps": [0, 5],
+    "ranks": [[], [1]],
+    "predict_name": ["", "x.csv"],
+    "per_device_eval_batch_size": [8, 64],
+}
+
+
+def drawn(choices):
+    return st.fixed_dictionaries(
+        {name: st.sampled_from(values) for name, values in choices.items()}
+    )
+
+
+@effort(EFFORT, max_examples=100)
+@given(first=drawn(CHANGES), second=drawn(CHANGES), free=drawn(FREE))
+def test_a_run_goes_on_exactly_where_what_decides_a_training_is_the_same(
+    notebook, tokenized, first, second, free
+):
+    """Batches of one effective size are one training: memory may have run out."""
+    names = []
+    for settings in (first, {**second, **free}):
+        config = notebook.Config(**settings)
+        folder, _ = notebook.training_folder(config, tokenized, "weights")
+        names.append(folder.name)
+    for settings in (first, second):
+        micro_batch = settings.pop("per_device_train_batch_size")
+        settings["batch"] = micro_batch * settings.pop("gradient_accumulation_steps")
+    assert (names[0] == names[1]) == (first == second)
+
+
+def test_other_data_or_weights_are_another_training(notebook, tiny_config, tokenized):
+    folder, _ = notebook.training_folder(tiny_config, tokenized, "weights")
+    other, _ = notebook.training_folder(tiny_config, tokenized, "other weights")
+    assert folder != other
+    swapped = notebook.DatasetDict(
+        train=tokenized["train"].select(range(159, -1, -1)),
+        validation=tokenized["validation"],
+    )
+    assert notebook.training_folder(tiny_config, swapped, "weights")[0] != folder

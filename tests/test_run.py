@@ -490,7 +490,7 @@ def test_a_classifier_of_another_training_is_not_replaced_without_a_word(run):
     said = []
     for seed in (9, 9, 42):  # 42 is its own
         kernel.run(0, f"config = config.model_copy(update={{'seed': {seed}}})")
-        kernel.run(0, "tokenized_config = config")
+        kernel.run(0, "tokenized_config = baseline_config = base_config = config")
         outputs = kernel.run(place, source)
         said.append(" ".join("".join(output.text for output in outputs).split()))
     for each in said[:2]:
