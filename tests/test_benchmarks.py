@@ -21,6 +21,7 @@ STUDIES = {
     "ranks": "--ranks 4 --seeds 1 2 --rows 32",
     "recipes": "--recipes fast tfidf_nb_svm --seeds 1",
     "lengths": "--rows 64 --steps 8 64",
+    "load": "",
 }
 
 
