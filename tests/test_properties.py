@@ -135,6 +135,7 @@ def to_keep(rows):
     labels = {}
     for text, label in rows:
         text = re.sub(r"(?i)<br\s*/?>", " ", text)
+        text = re.sub("[\u00ad\u200b\u200e\u200f\u2060\ufeff]", "", text)
         text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
         text = text and hashlib.sha256(text.encode()).hexdigest()
         label = re.sub(r"\.0$", "", str(label))
