@@ -16,8 +16,8 @@ run: .venv/.run-installed
 test: .venv/.test-installed
 	.venv/bin/ruff check --quiet scripts tests $(NOTEBOOK)
 	.venv/bin/ruff format --check --quiet scripts tests $(NOTEBOOK)
-	.venv/bin/ruff check --quiet --line-length 120 benchmarks
-	.venv/bin/ruff format --check --quiet --line-length 120 benchmarks
+	.venv/bin/ruff check --quiet benchmarks
+	.venv/bin/ruff format --check --quiet benchmarks
 	.venv/bin/python -m pytest
 
 .venv/bin/python:

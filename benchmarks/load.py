@@ -92,9 +92,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [400] if arguments.tiny else arguments.rows
     model = common.random_model(common.TINY)
-    study = common.Study("load", arguments, {"tiny": arguments.tiny})
+    study = common.Study("load", arguments.out, {})
     for n_rows in sizes:
-        study.add({"rows": n_rows}, lambda n_rows=n_rows: run_apart(n_rows, model))
+        study.add({"rows": n_rows}, run_apart, n_rows, model)
 
 
 if __name__ == "__main__":

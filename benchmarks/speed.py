@@ -1,199 +1,204 @@
-"""How fast and how large is a training step, with every method treated alike?
+"""How fast is a training step, every method treated alike?
 
-    python -m benchmarks.speed --model random base
+    python -m benchmarks.speed --model random
+    python -m benchmarks.speed --model base --dataset imdb20k
 
-Each method trains on texts of the full length, `--rounds` times in turn with the others; the speed is the median.
-`eager` launches every kernel from Python, `captured` replays CUDA graphs.
+Each method trains on texts of the full length, in turn with the others, for some
+rounds. `eager` launches every kernel from Python, `captured` replays CUDA graphs,
+`compiled` is torch.compile(mode="reduce-overhead"). With a data set, an epoch of its
+texts is timed as well: batches at random, and of like length.
 """
 
-import functools
 import time
-from statistics import median
+from dataclasses import dataclass
+
+import torch
 
 from benchmarks import common
 
-FULL = {"optim": "adamw_torch_fused", "gradient_checkpointing": False}
-EAGER, WHOLE = {"cuda_graphs": False}, {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
-CHECKPOINTED = {"gradient_checkpointing": True}
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, and what it sets."""
+
+    name: str
+    build: object
+    settings: dict
+    compiled: bool = False
 
 
-def methods() -> dict[str, tuple[str, bool, dict]]:
-    """Return by name: the dtype of the base, whether with adapters, and the settings."""
-    table = {}
-    for name, base, adapters in (("full fp16", "float32", False), ("LoRA fp16", "float16", True)):
-        for launch, graphs in (("eager", EAGER), ("captured", {})):
-            for batch, whole in (("16 x 2", {}), ("32 x 1", WHOLE)):
-                for kept, again in (("", {}), (", checkpointed", CHECKPOINTED)):
-                    table[f"{name}, {launch}, {batch}{kept}"] = (base, adapters, FULL | graphs | whole | again)
-    for name, preset in (("default", ""), ("fast", "fast"), ("lean", "lean")):
-        table[f"QLoRA {name}, eager"] = ("4-bit", True, {"preset": preset} | EAGER)
-        table[f"QLoRA {name}, captured"] = ("4-bit", True, {"preset": preset})
-    return table
-
-
-def measure(name: str, folder: str, length: int, steps: int) -> dict:
-    """Return what a method costs: speed, peak, trained parameters, MB of weights, seconds before the timed steps."""
-    nb, (base, adapters, settings) = common.notebook(), methods()[name]
-    config, task = common.settle(model_name=folder, max_length=length, efficiency_steps=steps, **settings)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    start = time.perf_counter()
-    build = functools.partial(common.build, base, adapters)
-    texts = common.random_texts(batch, length)
-    row = nb.measure_method(name, build, config, task.names, task.head, task.tokenizer, texts)
-    timed = steps * batch / row["samples_per_second"] if row["measured"] else None
-    return row | {"startup_seconds": timed and time.perf_counter() - start - timed}
-
-
-def floors(folder: str, length: int) -> dict:
-    """Return reviews per second of the preset `fast` if the GPU did nothing but its matrix products (at the rate
-    measured here), or nothing but read and write what a step keeps (weights twice, activations once each way)."""
-    from torch.utils.benchmark import Timer
-    from torch.utils.flop_counter import FlopCounterMode
-
-    nb = common.notebook()
-    torch = nb.torch
-    config, task = common.settle(model_name=folder, max_length=length, preset="fast")
-    device, dtype = ("cuda", torch.float16) if nb.torch.cuda.is_available() else ("cpu", torch.float32)
-    n = 8192 if device == "cuda" else 256
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=0.5).median
-    copy = Timer("a.clone()", globals={"a": a}).blocked_autorange(min_run_time=0.5).median
-    plain, _ = nb.load_classifier(config, task.names)
-    plain = nb.get_peft_model(plain, nb.lora_config(config, task.head)).to("meta").train()
-    ids = torch.ones((32, length), dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        plain(input_ids=ids, labels=ids[:, 0]).loss.backward()
-    model, kept = nb.build_qlora(config, task.names, task.head).train(), {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        texts = {"input_ids": ids.new_full((4, length), 1000, device=device)}
-        model(**texts, labels=texts["input_ids"].new_zeros(4))
-    weights = {each.data_ptr() for each in model.parameters()}
-    activations = 8 * sum(each.nbytes for place, each in kept.items() if place not in weights)  # of 4 texts; 32
-    moved = 2 * activations + 2e6 * float(nb.storage(model).loc["all", "MB"])
-    rate, bandwidth = 2 * n**3 / seconds, 2 * a.nbytes / copy
-    parts = {"matrix_tflops": rate / 1e12, "tflop_per_step": counter.get_total_flops() / 1e12}
-    parts |= {"bandwidth_gb_s": bandwidth / 1e9, "moved_gb_per_step": moved / 1e9}
-    return parts | {
-        "arithmetic_samples_per_second": 32 * rate / counter.get_total_flops(),
-        "bytes_samples_per_second": 32 * bandwidth / moved,
-    }
-
-
-GROUPS = {  # of kernels, by a part of their names; the first that fits
-    "4-bit expansion": "dequant",
-    "attention": "flash|fmha|attention|sdpa|softmax",
-    "matrix products": "gemm|cutlass|nvjet|xmma|cublas",
-    "norms": "layer_norm|layernorm|rms_norm|GammaBeta",
-    "dropout": "dropout|philox|bernoulli",
-    "GELU": "gelu",
-    "optimizer": "multi_tensor|adam|optimizer|kOptimizer",
-    "additions, casts, scaling": "add|mul|copy|cast|elementwise|fill|reduce|cat|embedding|index",
-}
-
-
-def kernels(folder: str, length: int, steps: int) -> dict[str, float]:
-    """Return the GPU milliseconds of a captured step of `fast`, by group of kernels; empty without a GPU."""
-    import re
-
-    nb = common.notebook()
-    if not nb.torch.cuda.is_available():
-        return {}
-    config, task = common.settle(model_name=folder, max_length=length, preset="fast")
-    profiler = nb.torch.profiler.profile(activities=[nb.torch.profiler.ProfilerActivity.CUDA])
-
-    class Profile(nb.TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                profiler.start()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == state.max_steps:
-                nb.torch.cuda.synchronize()
-                profiler.stop()
-
-    once = config.model_copy(update={"num_train_epochs": 1, "train_sampling_strategy": "random"})
-    arguments = nb.brief_arguments(once, config.output_dir)
-    texts = common.random_texts(32 * (6 + steps), length)
-    model = nb.build_qlora(config, task.names, task.head)
-    trainer = nb.make_trainer(model, config, arguments, task.tokenizer, texts, callbacks=[Profile()])
-    trainer.remove_callback(nb.PrinterCallback)
-    trainer.train()
-    totals = dict.fromkeys([*GROUPS, "other"], 0.0)
-    for event in profiler.key_averages():
-        fits = (group for group, words in GROUPS.items() if re.search(words, event.key, re.IGNORECASE))
-        totals[next(fits, "other")] += event.self_device_time_total / 1e3 / steps
-    return totals
-
-
-def summarize(rows: list[dict]) -> list[dict]:
-    """Return a row for each method: medians over the rounds."""
-    merged = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        same = [row for row in rows if row["method"] == name]
-        speeds = [row["samples_per_second"] for row in same if row["measured"]]
-        row = {name: value for name, value in same[0].items() if name != "round"}
-        for figure in ("samples_per_second", "peak_mb", "startup_seconds"):
-            known = [row[figure] for row in same if row.get(figure) is not None]
-            row[figure] = median(known) if known else None
-        merged.append(row | {"rounds": speeds, "measured": bool(speeds)})
-    return merged
-
-
-def ratios(rows: list[dict], floor: dict) -> dict[str, float | None]:
-    """Return the comparisons that matter, from `summarize`'s rows; None where a method was not measured."""
-    found = {row["method"]: row for row in rows}
-    full, checkpointed = "full fp16, captured, 32 x 1", "full fp16, captured, 16 x 2, checkpointed"
-
-    def over(first: str, second: str, column: str = "samples_per_second"):
-        pair = [found.get(name, {}).get(column) for name in (first, second)]
-        return pair[0] / pair[1] if all(pair) else None
-
-    speed = found.get("QLoRA fast, captured", {}).get("samples_per_second")
-    return {
-        "default_captured_over_eager": over("QLoRA default, captured", "QLoRA default, eager"),
-        "fast_over_full_captured": over("QLoRA fast, captured", full),
-        "fast_peak_over_full_captured": over("QLoRA fast, captured", full, "peak_mb"),
-        "lean_over_full_captured_checkpointed": over("QLoRA lean, captured", checkpointed),
-        "lean_peak_mb": found.get("QLoRA lean, captured", {}).get("peak_mb"),
-        "fast_share_of_floor": speed and speed / floor["arithmetic_samples_per_second"],
-    }
-
-
-def main() -> None:
-    made = common.parser("speed", __doc__)
-    made.add_argument(
-        "--model", nargs="+", default=["random", "base"], help="random, base, small, a Hub id or a folder"
+def full(name, batch, accumulation, checkpointing, graphs):
+    """Return full fine-tuning in fp16, as a method."""
+    settings = common.full_settings(
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+        cuda_graphs=graphs,
     )
+    return Method(name, common.build_full, settings)
+
+
+def qlora(name, preset, graphs):
+    """Return QLoRA with a preset, as a method."""
+    settings = {"preset": preset, "cuda_graphs": graphs}
+    return Method(name, common.build_qlora, settings)
+
+
+def lora(name, preset):
+    """Return LoRA on a 16-bit base with the settings of a preset, captured."""
+    return Method(name, common.build_lora, {"preset": preset})
+
+
+METHODS = [
+    full("full, eager, 16 x 2", 16, 2, False, False),
+    full("full, eager, 32 x 1", 32, 1, False, False),
+    full("full, captured, 32 x 1", 32, 1, False, True),
+    full("full, captured, 16 x 2, checkpointed", 16, 2, True, True),
+    lora("LoRA 16-bit, captured, as fast", "fast"),
+    lora("LoRA 16-bit, captured, as lean", "lean"),
+    qlora("QLoRA default, eager", "", False),
+    qlora("QLoRA default, captured", "", True),
+    Method(
+        "QLoRA default, captured, class weights",
+        common.build_qlora,
+        {"class_weights": "balanced"},
+    ),
+    qlora("QLoRA fast, eager", "fast", False),
+    qlora("QLoRA fast, captured", "fast", True),
+    qlora("QLoRA lean, eager", "lean", False),
+    qlora("QLoRA lean, captured", "lean", True),
+]
+COMPILED = [
+    Method(
+        "full, compiled, 32 x 1",
+        common.build_full,
+        common.full_settings(cuda_graphs=False),
+        compiled=True,
+    ),
+    Method(
+        "QLoRA fast, compiled",
+        common.build_qlora,
+        {"preset": "fast", "cuda_graphs": False},
+        compiled=True,
+    ),
+]
+
+
+def compile_forward(model):
+    """Let torch.compile capture the model's passes, each call a step of its own."""
+    compiled_forward = torch.compile(model.forward, mode="reduce-overhead")
+
+    def forward(*args, **kwargs):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled_forward(*args, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+def measure(method, folder, length, steps):
+    """Return speed, peak and weights, as the notebook's section 10 measures them.
+
+    The speed is None, and `error` says why, where the method fails.
+    """
+    nb = common.notebook()
+    settings = {"max_length": length, "efficiency_steps": steps}
+    settings.update(method.settings)
+    task = common.settle(folder, settings)
+
+    def build(*arguments):
+        model = method.build(*arguments)
+        if method.compiled:
+            compile_forward(model)
+        return model
+
+    started = time.perf_counter()
+    try:
+        row = nb.measure_method(
+            method.name,
+            build,
+            task.config,
+            task.names,
+            task.head,
+            task.tokenizer,
+            common.random_texts(32, length),
+        )
+    except Exception as error:  # torch.compile raises what it raises
+        reason = str(error).splitlines()[0]
+        return {"samples_per_second": None, "error": f"{reason:.200}"}
+    if row["measured"]:
+        timed = steps * 32 / row["samples_per_second"]
+        row["seconds_before"] = time.perf_counter() - started - timed
+    return row
+
+
+def measure_epoch(sampling, folder, texts):
+    """Train the default for an epoch on reviews; return its speed and its padding.
+
+    Captures are a part of the time.
+    """
+    nb = common.notebook()
+    settings = {"train_sampling_strategy": sampling, "num_train_epochs": 1}
+    task = common.settle(folder, settings)
+    tokens = nb.tokenize(texts, task.tokenizer, task.config.max_length)
+    nb.free_memory()
+    trainer = nb.make_trainer(
+        nb.build_qlora(task.config, task.names, task.head),
+        task.config,
+        nb.brief_arguments(task.config, task.config.output_dir),
+        task.tokenizer,
+        tokens,
+    )
+    trainer.remove_callback(nb.PrinterCallback)
+    n_tokens = 0
+    n_places = 0
+    for batch in trainer.get_train_dataloader():
+        n_tokens += int(batch["attention_mask"].sum())
+        n_places += batch["attention_mask"].numel()
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    return {
+        "samples_per_second": len(texts) / seconds,
+        "padding": 1 - n_tokens / n_places,
+        "captured_share": nb.captured_share(trainer),
+    }
+
+
+def main():
+    made = common.parser("speed", __doc__)
+    made.add_argument("--model", default="random", help="random, base, id or folder")
+    made.add_argument("--dataset", default="", help="Hub id, file or folder")
     made.add_argument("--length", type=int, default=256, help="tokens of a text")
     made.add_argument("--steps", type=int, default=40, help="timed steps of 32 texts")
     made.add_argument("--rounds", type=int, default=2)
-    made.add_argument("--methods", default="", help="measure only those whose names hold this text")
+    made.add_argument("--rows", type=int, default=8000, help="reviews of an epoch")
+    made.add_argument("--methods", default="", help="those with this in their names")
+    made.add_argument("--compiled", action="store_true", help="torch.compile, too")
     arguments = made.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("length", "steps", "rounds", "tiny")}
-    study, models = common.Study("speed", arguments, settings), {}
-    for model in arguments.model:
-        folder = common.model_folder(model, arguments.tiny)
-        name = common.public(folder)
-        chosen = [each for each in methods() if arguments.methods in each]
-        measure(next(iter(chosen)), folder, arguments.length, 1)  # the first model on a GPU is slow
-        for turn in range(arguments.rounds):
-            for method in chosen:
-                key = {"model": name, "method": method, "round": turn}
-                study.add(key, lambda m=method, f=folder: measure(m, f, arguments.length, arguments.steps))
-        once = {"model": name, "method": "floors"}
-        floor = study.add(once, lambda f=folder: floors(f, arguments.length) | {"measured": False})
-        once = {"model": name, "method": "kernels"}
-        milliseconds = study.add(once, lambda f=folder: {"ms": kernels(f, arguments.length, 10), "measured": False})
-        rows = [row for row in study.runs if row["model"] == name and "round" in row]
-        merged = summarize(rows)
-        models[name] = {
-            "methods": merged,
-            "ratios": ratios(merged, floor),
-            "floors": floor,
-            "kernels": milliseconds["ms"],
-        }
-        study.write(models=models)
-        print(models[name]["ratios"], flush=True)
+    model = common.notebook().public_name(arguments.model)
+    settings = {"length": arguments.length, "steps": arguments.steps}
+    study = common.Study("speed", arguments.out, settings)
+    folder = common.model_folder(arguments.model, arguments.tiny)
+    length = arguments.length
+    methods = [method for method in METHODS if arguments.methods in method.name]
+    measure(methods[0], folder, length, 1)  # the first model on a GPU is slow
+    for number in range(arguments.rounds):
+        for method in methods:
+            key = {"model": model, "method": method.name, "round": number}
+            study.add(key, measure, method, folder, length, arguments.steps)
+    if arguments.dataset:
+        splits = common.read_splits(arguments.dataset, 1, arguments.tiny)
+        rows = min(arguments.rows, len(splits["train"]))
+        texts = splits["train"].select(range(rows))
+        for number in range(arguments.rounds):
+            for sampling in ("random", "group_by_length"):
+                key = {"model": model, "epoch": sampling, "round": number}
+                study.add(key, measure_epoch, sampling, folder, texts)
+    if arguments.compiled:
+        for method in COMPILED:
+            key = {"model": model, "method": method.name, "round": 0}
+            study.add(key, measure, method, folder, length, arguments.steps)
 
 
 if __name__ == "__main__":
