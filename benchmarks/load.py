@@ -69,7 +69,6 @@ def run_here(n_rows: int, model: str) -> dict:
         return {
             "file_mb": megabytes,
             "seconds": seconds,
-            "seconds_in_all": sum(seconds.values()),
             "peak_gb": run_notebook.peak_memory_gb(),
         }
 
