@@ -165,7 +165,7 @@ def draw_memory(runs, parameters, path):
             style = "s--"
         drawn.add(color(method))
         sizes = sorted(line)
-        peaks = [line[size] for size in sizes]
+        peaks = list(map(line.get, sizes))
         axis.plot(sizes, peaks, style, color=color(method))
         labels.append(method.replace("g, checkpointed", "g,\ncheckpointed"))
         ends.append(peaks[-1])

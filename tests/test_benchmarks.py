@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import common, report, statistics  # noqa: E402
 
 STUDIES = {
-    "accuracy": "--recipes search recommended-fast full-512 tfidf-nb-svm --seeds 1",
+    "accuracy": "--seeds 1"
+    " --recipes search recommended-fast full-512 frozen-256 tfidf-nb-svm",
     "labels": "--sizes 160 --seeds 1",
     "memory": "--models bert-base --length 16 --steps 1",
     "speed": "--length 16 --steps 1 --rounds 1 --methods fast --dataset x --rows 64",
