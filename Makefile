@@ -14,10 +14,8 @@ run: .venv/.run-installed
 	.venv/bin/python scripts/run_notebook.py
 
 test: .venv/.test-installed
-	.venv/bin/ruff check --quiet scripts tests $(NOTEBOOK)
-	.venv/bin/ruff format --check --quiet scripts tests $(NOTEBOOK)
-	.venv/bin/ruff check --quiet benchmarks
-	.venv/bin/ruff format --check --quiet benchmarks
+	.venv/bin/ruff check --quiet benchmarks scripts tests $(NOTEBOOK)
+	.venv/bin/ruff format --check --quiet benchmarks scripts tests $(NOTEBOOK)
 	.venv/bin/python -m pytest
 
 .venv/bin/python:

@@ -50,7 +50,7 @@ RECIPES = [
     Recipe("tfidf-logreg", "TF-IDF", {}),
     Recipe("tfidf-nb-svm", "TF-IDF", {}),
 ]
-FULL_RATES = [3e-5, 5e-5, 1e-4, 2e-4]
+FULL_RATES = [2e-5, 3e-5, 5e-5, 1e-4, 2e-4]
 RECOMMENDED_RATES = [2e-4, 5e-4, 1e-3, 2e-3]
 
 
@@ -201,10 +201,9 @@ def fit_nb_svm(train, seed):
 
 @functools.cache
 def further_reviews(further, tiny):
-    """Return texts and labels (0 negative, 1 positive) that no choice has seen."""
+    """Return texts that no choice has seen, and the names of their labels."""
     rows = common.read_rows(further, tiny)
-    labels = rows["label"].isin(["positive", "good"]).astype(int)
-    return list(rows["text"]), labels.to_numpy()
+    return list(rows["text"]), list(rows["label"])
 
 
 LENGTHS = [128, 256, 512]  # tokens
@@ -242,9 +241,11 @@ def run(recipe, seed, rate, splits, further, model_name):
     if rate:
         settings["learning_rate"] = rate
     task = common.settle(model_name, settings)
-    further_texts, further_labels = further
+    further_texts, further_names = further
     texts = list(splits["test"]["text"]) + further_texts
-    labels = np.concatenate([splits["test"]["label"], further_labels])
+    class_names = splits["test"].features["label"].names
+    further_labels = [class_names.index(name) for name in further_names]
+    labels = np.array(list(splits["test"]["label"]) + further_labels)
     row = {}
     answers = {}
     if recipe.method == "QLoRA":
@@ -274,8 +275,8 @@ def run(recipe, seed, rate, splits, further, model_name):
         is_right = answer == labels
         row[f"{name}_test"] = common.pack(is_right[:n_test])
         row[f"{name}_further"] = common.pack(is_right[n_test:])
-    is_right = answers["shipped"][n_test:] == further_labels
-    row["by_length"] = shares_by_length(task, further_texts, is_right)
+    is_right = answers["shipped"] == labels
+    row["by_length"] = shares_by_length(task, further_texts, is_right[n_test:])
     return row
 
 
@@ -293,6 +294,7 @@ def main():
         "model": common.notebook().public_name(arguments.model),
         "dataset": common.notebook().public_name(arguments.dataset),
         "further": common.notebook().public_name(arguments.further),
+        "tiny": tiny,
     }
     study = common.Study("accuracy", arguments.out, settings)
     folder = common.model_folder(arguments.model, tiny)
@@ -301,10 +303,12 @@ def main():
             splits = common.read_splits(arguments.dataset, 1, tiny)
             key = {"recipe": recipe.name, "seed": 1}
             study.add(key, run_search, recipe, splits, folder)
-    for recipe in RECIPES:
-        if recipe.name not in arguments.recipes:
-            continue
-        rate = best_rate(study) if recipe.method == "full" else None
+    chosen = [recipe for recipe in RECIPES if recipe.name in arguments.recipes]
+    rate_of = {}
+    if any(recipe.method == "full" for recipe in chosen):
+        rate_of["full"] = best_rate(study)  # fail now, if ever
+    for recipe in chosen:
+        rate = rate_of.get(recipe.method)
         for seed in arguments.seeds:
             splits = common.read_splits(arguments.dataset, seed, tiny)
             further = further_reviews(arguments.further, tiny)

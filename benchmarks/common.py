@@ -91,11 +91,13 @@ class Study:
         with self.locked():
             if not self.path.exists():
                 self.write([])
-        if self.read()["about"] != self.about:
+        found = self.read()["about"]
+        if any(found[name] != value for name, value in self.about.items()):
             raise SystemExit(
                 f"{self.path} is of another device, other versions or settings."
                 " Name another folder with --out, or remove the file."
             )
+        self.about = found  # with a note, if there is one
 
     def read(self):
         """Return what the file holds."""

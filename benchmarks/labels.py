@@ -113,6 +113,7 @@ def main():
         "model": common.notebook().public_name(arguments.model),
         "dataset": common.notebook().public_name(arguments.dataset),
         "preset": PRESET,
+        "tiny": arguments.tiny,
     }
     study = common.Study("labels", arguments.out, settings)
     folder = common.model_folder(arguments.model, arguments.tiny)

@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [400] if arguments.tiny else arguments.rows
     model = common.random_model(common.TINY)
-    study = common.Study("load", arguments.out, {})
+    study = common.Study("load", arguments.out, {"tiny": arguments.tiny})
     for n_rows in sizes:
         study.add({"rows": n_rows}, run_apart, n_rows, model)
 

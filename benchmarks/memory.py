@@ -130,7 +130,11 @@ def main():
     made.add_argument("--length", type=int, default=256, help="tokens of a text")
     made.add_argument("--steps", type=int, default=5, help="timed steps")
     arguments = made.parse_args()
-    settings = {"length": arguments.length, "steps": arguments.steps}
+    settings = {
+        "length": arguments.length,
+        "steps": arguments.steps,
+        "tiny": arguments.tiny,
+    }
     study = common.Study("memory", arguments.out, settings)
     warm = common.random_model(common.TINY)
     measure(METHODS[0], warm, arguments.length, 1)  # a GPU's first model is slow

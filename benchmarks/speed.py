@@ -177,11 +177,17 @@ def main():
     made.add_argument("--compiled", action="store_true", help="torch.compile, too")
     arguments = made.parse_args()
     model = common.notebook().public_name(arguments.model)
-    settings = {"length": arguments.length, "steps": arguments.steps}
+    settings = {
+        "length": arguments.length,
+        "steps": arguments.steps,
+        "tiny": arguments.tiny,
+    }
     study = common.Study("speed", arguments.out, settings)
     folder = common.model_folder(arguments.model, arguments.tiny)
     length = arguments.length
     methods = [method for method in METHODS if arguments.methods in method.name]
+    if not methods:
+        made.error(f"no method has {arguments.methods!r} in its name")
     measure(methods[0], folder, length, 1)  # the first model on a GPU is slow
     for number in range(arguments.rounds):
         for method in methods:
@@ -193,7 +199,13 @@ def main():
         texts = splits["train"].select(range(rows))
         for number in range(arguments.rounds):
             for sampling in ("random", "group_by_length"):
-                key = {"model": model, "epoch": sampling, "round": number}
+                key = {
+                    "model": model,
+                    "dataset": common.notebook().public_name(arguments.dataset),
+                    "rows": rows,
+                    "epoch": sampling,
+                    "round": number,
+                }
                 study.add(key, measure_epoch, sampling, folder, texts)
     if arguments.compiled:
         for method in COMPILED:

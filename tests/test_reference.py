@@ -11,7 +11,7 @@ from conftest import NOTEBOOK, ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import recipes, report, speed  # noqa: E402
+from benchmarks import accuracy_report, report, statistics, words  # noqa: E402
 
 
 def read(name: str):
@@ -35,8 +35,11 @@ LESSON = read_lesson()
 SAVED_RUNS = sorted(path.name for path in report.REFERENCE.glob("results*.json"))
 RESULTS = read("results.json")
 METHODS = rows_by("method", RESULTS["efficiency"])
-SPEED = read("speed.json")["models"]
-ACCURACY = read("accuracy.json")
+ACCURACY = accuracy_report.summarize(read("accuracy.json")["runs"])
+SPEED = statistics.medians(
+    [run for run in read("speed.json")["runs"] if run["model"] == "random"]
+)
+MEMORY = read("memory.json")["runs"]
 
 
 def section(text: str, title: str) -> str:
@@ -143,14 +146,22 @@ def test_the_lesson_gives_the_memory_of_the_saved_run():
         assert f"{row['weights_mb']:,.0f}" in found
 
 
-def test_the_lesson_gives_what_4_bits_save_by_themselves():
-    found = numbers(section(LESSON, "10 Efficiency"))
-    methods = rows_by("method", SPEED["all-mpnet-base-v2"]["methods"])
-    for name in (
-        "LoRA fp16, captured, 16 x 2, checkpointed",
-        "QLoRA default, captured",
-    ):
-        assert f"{methods[name]['peak_mb']:,.0f}" in found
+def test_the_lesson_gives_the_peaks_of_the_memory_study():
+    shown = {}
+    for model, *cells in table_rows(section(LESSON, "10 Efficiency")):
+        shown[model] = cells[1:]
+    methods = [
+        "full fine-tuning",
+        "LoRA, 16-bit base, checkpointed",
+        "QLoRA, default",
+        "QLoRA, lean",
+    ]
+    needed = {}
+    for run in MEMORY:
+        gigabytes = f"{statistics.needed_mb(run) / 1000:.1f}"
+        needed[run["model"], run["method"]] = gigabytes
+    for model in report.count_parameters(MEMORY):
+        assert shown[model] == [needed[model, method] for method in methods]
 
 
 def test_the_lesson_gives_the_ranks_of_the_saved_run():
@@ -168,113 +179,60 @@ def test_the_lesson_gives_the_ranks_of_the_saved_run():
 # ---- The studies
 
 
-@pytest.fixture(scope="module")
-def accuracy_rows() -> dict[str, dict]:
-    """The rows of the recipes on further texts, computed anew from their answers."""
-    names = {"tfidf_logreg", "tfidf_nb_svm", "full_finetuning", "default"}
-    runs = [run for run in ACCURACY["runs"] if run["recipe"] in names]
-    rows = json.loads(json.dumps(recipes.summarize(runs)))  # pairs become lists
-    return rows_by("name", rows)
+SHOWN = ["tfidf-logreg", "tfidf-nb-svm", "default"]
 
 
-def test_the_accuracy_study_follows_from_its_answers(accuracy_rows):
-    stored = rows_by("name", ACCURACY["rows"])
-    for name, row in accuracy_rows.items():
-        for column, value in row.items():
-            assert stored[name][column] == value, (name, column)
-
-
-def test_the_accuracies_by_length_add_up(accuracy_rows):
-    groups = ACCURACY["by_length"]
-    texts = np.array([group["texts"] for group in groups])
-    for name, row in accuracy_rows.items():
-        shares = np.array([group[name] for group in groups])
-        assert (texts * shares).sum() / texts.sum() == pytest.approx(row["final"])
-
-
-@pytest.mark.parametrize("name", ["tfidf_nb_svm", "full_finetuning", "default"])
-def test_the_readme_gives_the_row_of_the_accuracy_study(name, accuracy_rows):
-    row = accuracy_rows[name]
-    peak = ""
-    rate = ""
-    if row["peak_mb"]:
-        trained = 3 * RESULTS["provenance"]["rows"]["train"]  # texts in 3 epochs
-        peak = f"{row['peak_mb']:,.0f}"
-        rate = f"{trained / row['seconds']:,.0f}"
-    percent = report.percent(row["final"], row["final_ci95"])
-    cells = [percent, peak, rate, f"{row['seconds']:.0f}"]
-    assert cells in [shown[1:] for shown in table_rows(README)]
-
-
-STUDIED = ["tfidf_logreg", "tfidf_nb_svm", "full_finetuning", "default"]
-
-
-@pytest.mark.parametrize("name", STUDIED)
-def test_the_lesson_gives_the_row_of_the_accuracy_study(name, accuracy_rows):
-    row = accuracy_rows[name]
+@pytest.mark.parametrize("text", [README, section(LESSON, "9 Evaluation")])
+@pytest.mark.parametrize("recipe", SHOWN)
+def test_the_texts_give_the_row_of_the_accuracy_study(recipe, text):
+    row = ACCURACY[recipe]
     cells = [
-        report.percent(row["final"], row["final_ci95"]),
-        report.number(row["peak_mb"]),
+        str(len(row.runs)),
+        words.percent(*row.further),
+        words.number(row.peak_mb),
     ]
-    shown = table_rows(section(LESSON, "9 Evaluation"))
-    assert cells in [row[1:] for row in shown]
+    assert cells in [shown[1:] for shown in table_rows(text)]
 
 
 def test_the_readme_gives_the_accuracies_on_the_longest_texts():
-    longest = ACCURACY["by_length"][-1]
-    found = numbers(section(README, "Results"))
-    assert f"{100 * longest['default']:.1f}" in found
-    assert f"{100 * longest['tfidf_nb_svm']:.1f}" in found
-
-
-def test_the_readme_gives_the_accuracies_with_a_small_encoder():
-    rows = rows_by("name", read("accuracy-small.json")["rows"])
-    for name in ("default", "tfidf_nb_svm"):
-        row = rows[name]
-        assert report.percent(row["test"], row["test_ci95"]) in README
+    text = section(README, "Results")
+    for recipe in ("default", "tfidf-nb-svm"):
+        longest = [run["by_length"][-1] for run in ACCURACY[recipe].runs]
+        assert words.percent(statistics.mean(longest, "share")) in text
 
 
 @pytest.mark.parametrize(
     ("shown", "method"),
     [
-        ("full fine-tuning, 32 x 1", "full fp16, captured, 32 x 1"),
+        ("full fine-tuning, 32 x 1", "full, captured, 32 x 1"),
         (
             "full fine-tuning, 16 x 2, checkpointed",
-            "full fp16, captured, 16 x 2, checkpointed",
+            "full, captured, 16 x 2, checkpointed",
         ),
-        (
-            "LoRA on fp16, 16 x 2, checkpointed",
-            "LoRA fp16, captured, 16 x 2, checkpointed",
-        ),
+        ("LoRA on 16 bits, as `fast`", "LoRA 16-bit, captured, as fast"),
+        ("LoRA on 16 bits, as `lean`", "LoRA 16-bit, captured, as lean"),
         ("QLoRA, default", "QLoRA default, captured"),
         ("QLoRA, `fast`", "QLoRA fast, captured"),
         ("QLoRA, `lean`", "QLoRA lean, captured"),
     ],
 )
 def test_the_readme_gives_the_row_of_the_speed_study(shown, method):
-    methods = rows_by("method", SPEED["all-mpnet-base-v2"]["methods"])
-    row = methods[method]
-    cells = [shown, f"{row['peak_mb']:,.0f}", f"{row['samples_per_second']:,.0f}"]
+    row = SPEED[method]
+    cells = [
+        shown,
+        words.number(row["peak_mb"]),
+        words.number(row["samples_per_second"]),
+    ]
     assert cells in table_rows(section(README, "Efficiency"))
 
 
 def test_the_readme_gives_the_ratios_of_the_speed_study():
     found = numbers(section(README, "Efficiency"))
-    for study in SPEED.values():
-        ratios = study["ratios"]
-        assert f"{ratios['fast_over_full_captured']:.2f}" in found
-        assert f"{ratios['lean_over_full_captured_checkpointed']:.2f}" in found
-        assert f"{ratios['lean_peak_mb']:,.0f}" in found
-    ratios = SPEED["bert-base, random weights"]["ratios"]
+    ratios = statistics.ratios(SPEED)
+    assert f"{ratios['fast_over_full_captured']:.2f}" in found
+    assert f"{100 * ratios['fast_peak_over_full_captured']:.1f}" in found
+    assert f"{ratios['lean_over_full_captured_checkpointed']:.2f}" in found
     assert f"{ratios['default_captured_over_eager']:.1f}" in found
-
-
-def test_the_ratios_follow_from_the_rounds():
-    for study in SPEED.values():
-        assert speed.ratios(study["methods"], study["floors"]) == study["ratios"]
-        for row in study["methods"]:
-            if row["measured"]:
-                assert np.median(row["rounds"]) == row["samples_per_second"]
 
 
 def test_the_report_is_that_of_its_files(tmp_path):
