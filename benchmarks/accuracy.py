@@ -30,7 +30,7 @@ class Recipe:
     """A way to a classifier, and what it sets."""
 
     name: str
-    method: str  # QLoRA, full, frozen, TF-IDF
+    method: str  # QLoRA, LoRA (on 16 bits), full, frozen, TF-IDF
     settings: dict
 
 
@@ -43,6 +43,7 @@ RECIPES = [
     ),
     Recipe("recommended", "QLoRA", {"preset": "recommended"}),
     Recipe("recommended-fast", "QLoRA", {"preset": "recommended,fast"}),
+    Recipe("recommended-fast-16-bit", "LoRA", {"preset": "recommended,fast"}),
     Recipe("full-512", "full", common.full_settings(max_length=512)),
     Recipe("full-256", "full", common.full_settings(max_length=256)),
     Recipe("frozen-256", "frozen", {"max_length": 256}),
@@ -257,6 +258,11 @@ def run(recipe, seed, rate, splits, further, model_name):
         nb.free_memory()
         answers["adapter"] = answers_of_adapter(task, folder, texts)
         merged = nb.merge_adapter(folder, task.config, task.names, task.head)
+        answers["shipped"] = answers_of_saved_model(task, merged, texts)
+    elif recipe.method == "LoRA":
+        trainer = train(task, common.build_lora, splits)
+        row = describe_training(trainer)
+        merged = unwrapped(trainer).float().merge_and_unload()
         answers["shipped"] = answers_of_saved_model(task, merged, texts)
     elif recipe.method == "full":
         trainer = train(task, common.build_full, splits)

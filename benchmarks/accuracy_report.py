@@ -10,6 +10,7 @@ TITLES = {
     "default-like-lengths": "QLoRA default, batches of like length",
     "recommended": "QLoRA recommended",
     "recommended-fast": "QLoRA recommended, fast",
+    "recommended-fast-16-bit": "LoRA on 16 bits, as recommended, fast",
     "full-512": "full fine-tuning, 512 tokens",
     "full-256": "full fine-tuning, 256 tokens",
     "frozen-512": "frozen base, 512 tokens",
