@@ -10,7 +10,6 @@ import fcntl
 import functools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,8 @@ REFERENCE = ROOT / "Data" / "reference"
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate"]
 SCRATCH = tempfile.TemporaryDirectory(prefix="study-")  # gone when the process ends
 sys.path.insert(0, str(ROOT / "scripts"))
+
+import run_notebook  # noqa: E402
 
 
 @functools.cache
@@ -63,14 +64,6 @@ def device_name():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {os.cpu_count()} cores"
-
-
-def git_commit():
-    """Return the commit of this code; without a repository, GIT_COMMIT names it."""
-    if "GIT_COMMIT" in os.environ:
-        return os.environ["GIT_COMMIT"]
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 class Study:
@@ -128,7 +121,7 @@ class Study:
         started = time.perf_counter()
         run = dict(key)
         run.update(measure(*arguments))
-        run["commit"] = git_commit()
+        run["commit"] = run_notebook.git_commit()
         run["seconds_in_all"] = time.perf_counter() - started
         with self.locked():
             if self.find(key) is None:  # no other process was faster

@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -220,9 +221,25 @@ def execute(path: Path, executed: Path, folder: Path) -> dict[str, float]:
     return dict(client.seconds)
 
 
+def git_commit() -> str | None:
+    """Return the commit of this code; without a repository, GIT_COMMIT names it."""
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:  # there is no git
+        return None
+    return done.stdout.strip() or None
+
+
 def add_sections(path: Path, seconds: dict[str, float]) -> dict:
-    """Add the seconds of each section to the results in `path`, and return all."""
+    """Add the seconds of each section and the commit to the results in `path`.
+
+    Returns all of them.
+    """
     results = json.loads(path.read_text(encoding="utf-8"))
+    results["provenance"]["git_commit"] = git_commit()
     results["sections"] = {name: round(value, 1) for name, value in seconds.items()}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results

@@ -227,12 +227,22 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(tmp_path):
     assert (tmp_path / "b.ipynb").exists()
 
 
-def test_the_seconds_of_each_section_are_added_to_the_results(tmp_path):
+def test_the_commit_and_seconds_are_added_to_the_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "1234567")
     path = tmp_path / "results.json"
-    path.write_text('{"test": {}, "sections": null}')
+    path.write_text('{"provenance": {}, "sections": null}')
     run_notebook.add_sections(path, {"1 Setup": 1.26})
-    expected = {"test": {}, "sections": {"1 Setup": 1.3}}
-    assert json.loads(path.read_text()) == expected
+    assert json.loads(path.read_text()) == {
+        "provenance": {"git_commit": "1234567"},
+        "sections": {"1 Setup": 1.3},
+    }
+
+
+def test_the_commit_of_a_repository_is_known(monkeypatch):
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert run_notebook.git_commit() == (done.stdout.strip() or None)
 
 
 @pytest.mark.parametrize(

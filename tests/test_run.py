@@ -150,7 +150,7 @@ def test_without_its_studies_all_else_is_complete(hosts):
     assert data == {"results.json", *PLOTS} - {"efficiency_comparison.png"}
     results = hosts.colab.results()
     assert sorted(results) == sorted(PARTS)
-    assert results["provenance"]["wall_seconds"] > 0  # written by the last cell
+    assert results["provenance"]["wall_seconds"] > 0  # written last
     assert results["efficiency"] == []
     for row in results["rank_sensitivity"]:
         assert row["adapter_parameters"] > 0
@@ -178,7 +178,6 @@ def test_the_splits_are_those_of_the_data(run, reviews):
     total = sum(about["rows"].values())
     assert total <= len(reviews)
     assert about["rows"]["test"] == pytest.approx(0.1 * total, abs=1)
-    assert about["git_commit"] is None  # there is no repository around it
 
 
 @pytest.mark.parametrize("part", ["test", "test_merged"])
