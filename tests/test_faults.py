@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -326,3 +328,24 @@ def test_words_stand_under_the_classes_that_a_baseline_knows(notebook):
     words = notebook.words_by_class(tfidf, ["a", "c", "d"])
     assert words["a"][0] in ("good", "good film")
     assert words["d"][0] in ("dull", "dull film")
+
+
+@pytest.mark.parametrize("columns", [64, 50])
+def test_the_picture_of_the_levels_takes_a_pruned_matrix(
+    columns, notebook, monkeypatch
+):
+    """Blocks of zeros have no scale, and 64 need not divide the weights."""
+    (cell,) = [cell for cell in code_cells() if "Draw the levels" in cell.source]
+    layer = torch.nn.Linear(columns, 64)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.weight[2:6] = 0
+    space = dict(vars(notebook))
+    space["published"] = SimpleNamespace(base_model=torch.nn.Sequential(layer))
+    space["levels"] = notebook.nf4_levels()
+    shown = []
+    monkeypatch.setattr(notebook.plt, "show", lambda: shown.append(space["axes"]))
+    exec(cell.source, space)
+    ((upper, lower),) = shown
+    errors = [re.findall(r"[\d.]+%", axis.get_title())[0] for axis in (upper, lower)]
+    assert float(errors[0][:-1]) < float(errors[1][:-1])
