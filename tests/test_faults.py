@@ -331,9 +331,7 @@ def test_words_stand_under_the_classes_that_a_baseline_knows(notebook):
 
 
 @pytest.mark.parametrize("columns", [64, 50])
-def test_the_picture_of_the_levels_takes_a_pruned_matrix(
-    columns, notebook, monkeypatch
-):
+def test_the_picture_of_the_levels_takes_a_pruned_matrix(columns, notebook):
     """Blocks of zeros have no scale, and 64 need not divide the weights."""
     (cell,) = [cell for cell in code_cells() if "Draw the levels" in cell.source]
     layer = torch.nn.Linear(columns, 64)
@@ -344,7 +342,7 @@ def test_the_picture_of_the_levels_takes_a_pruned_matrix(
     space["published"] = SimpleNamespace(base_model=torch.nn.Sequential(layer))
     space["levels"] = notebook.nf4_levels()
     shown = []
-    monkeypatch.setattr(notebook.plt, "show", lambda: shown.append(space["axes"]))
+    space["display"] = lambda figure: shown.append(figure.axes)
     exec(cell.source, space)
     ((upper, lower),) = shown
     errors = [re.findall(r"[\d.]+%", axis.get_title())[0] for axis in (upper, lower)]
