@@ -10,7 +10,6 @@ What is chosen is chosen on validation, and before the further reviews are read:
   mean over the seeds. (These two are choices of the project, made by hand.)
 """
 
-import functools
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -200,7 +199,6 @@ def fit_nb_svm(train, seed):
 # ---- Runs
 
 
-@functools.cache
 def further_reviews(further, tiny):
     """Return texts that no choice has seen, and the names of their labels."""
     rows = common.read_rows(further, tiny)
@@ -313,11 +311,11 @@ def main():
     rate_of = {}
     if any(recipe.method == "full" for recipe in chosen):
         rate_of["full"] = best_rate(study)  # fail now, if ever
-    for recipe in chosen:
-        rate = rate_of.get(recipe.method)
-        for seed in arguments.seeds:
-            splits = common.read_splits(arguments.dataset, seed, tiny)
-            further = further_reviews(arguments.further, tiny)
+    further = further_reviews(arguments.further, tiny)
+    for seed in arguments.seeds:
+        splits = common.read_splits(arguments.dataset, seed, tiny)
+        for recipe in chosen:
+            rate = rate_of.get(recipe.method)
             key = {"recipe": recipe.name, "seed": seed}
             study.add(key, run, recipe, seed, rate, splits, further, folder)
 

@@ -1,7 +1,8 @@
 """How many labels do I need? Three ways to a classifier, on more and more reviews.
 
-Each size is a part of the training split, drawn with its seed; an eighth as many
-validation texts choose the best epoch. All are scored on the whole test split.
+Each size is a part of the training split, drawn with its seed. QLoRA trains on eight
+ninths of it, and the rest chooses its best epoch; the others are fitted on all of it.
+All are scored on the whole test split.
 """
 
 import numpy as np
@@ -43,6 +44,7 @@ def run_qlora(task, splits):
     trainer = accuracy.train(task, common.build_qlora, splits)
     row = accuracy.describe_training(trainer)
     row["epochs"] = config.num_train_epochs
+    row["validation_texts"] = len(splits["validation"])
     texts = list(splits["test"]["text"])
     logits = nb.predict_logits(trainer.model, texts, config, task.tokenizer)
     row["test"] = is_right(logits.argmax(axis=-1), splits["test"])
@@ -86,12 +88,16 @@ def run_seed(study, seed, sizes, dataset, model_name, tiny):
     train = splits["train"].add_column("place", list(range(len(splits["train"]))))
     frozen = FrozenStates(task, splits)
     for size in sizes:
+        size = min(size, len(train))
         subset = draw(train, size, seed)
         places = subset["place"]
         subset = subset.remove_columns("place")
+        cut = subset.train_test_split(
+            test_size=1 / 9, seed=seed, stratify_by_column="label"
+        )
         parts = {
-            "train": subset,
-            "validation": draw(splits["validation"], size // 8, seed),
+            "train": cut["train"],
+            "validation": cut["test"],
             "test": splits["test"],
         }
         key = {"texts": size, "seed": seed, "method": "TF-IDF"}

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import accuracy_report, figures, statistics
+from benchmarks import accuracy_report, figures, statistics, t4_report
 from benchmarks.common import REFERENCE
 from benchmarks.words import (
     MODELS,
@@ -62,9 +62,9 @@ def crossing_sentence(means, other, name):
         return ""
     size = statistics.crossing(means, "QLoRA", other)
     if size is None:
-        return f"With the most labels it is not above {name}: the means do not cross."
+        return f"With the most labels its mean is not above that of {name}."
     if size == min(sizes):
-        return f"Its mean is above that of {name} at every size."
+        return f"Its mean is above that of {name} at every size measured."
     return f"Its mean is above that of {name} from {size:,} labels on."
 
 
@@ -103,9 +103,11 @@ def labels(file, folder):
     model = MODELS.get(settings["model"], settings["model"])
     about = (
         f"Model: {model}. Texts: {settings['dataset']}. QLoRA has the presets"
-        f" `{settings['preset']}`, and more epochs where labels are few. A part of the"
-        " validation split, an eighth as large, chooses the best epoch. All methods are"
-        " scored on the whole test split."
+        f" `{settings['preset']}`, and more epochs where labels are few; it is scored"
+        " as the adapter on its 4-bit base. All methods have the same labels: QLoRA"
+        " trains on eight ninths of them, and chooses its best epoch by the rest. All"
+        " are scored on the whole test split. This base was trained for averages of its"
+        " states, which makes the frozen one strong."
     )
     parts = ["## How many labels do I need?", " ".join(filter(None, sentences)), about]
     if groups:
@@ -132,9 +134,11 @@ def count_parameters(runs):
 def memory_sentence(model, runs, parameters):
     """Say what a model needs by three methods, and what 4 bits save by themselves."""
     needed = {}
+    peaks = {}
     for run in runs:
         if run["model"] == model:
             needed[run["method"]] = statistics.needed_mb(run)
+            peaks[run["method"]] = run.get("peak_mb")
     full = needed.get("full fine-tuning")
     lora = needed.get("LoRA, 16-bit base, checkpointed")
     lean = needed.get("QLoRA, lean")
@@ -145,10 +149,12 @@ def memory_sentence(model, runs, parameters):
         f"{name}: full fine-tuning {gigabytes(full)}, LoRA on 16 bits"
         f" {gigabytes(lora)}, QLoRA `lean` {gigabytes(lean)}."
     )
-    if lora and lean:
-        change = lean - lora
-        sentence += f" The 4 bits by themselves change the peak by {change:+,.0f} MB"
-        sentence += f" ({change / lora:+.0%})."
+    lora_peak = peaks.get("LoRA, 16-bit base, checkpointed")
+    lean_peak = peaks.get("QLoRA, lean")
+    if lora_peak and lean_peak:
+        change = lean_peak - lora_peak
+        sentence += " The 4 bits by themselves change PyTorch's peak by"
+        sentence += f" {change:+,.0f} MB ({change / lora_peak:+.0%})."
     return sentence
 
 
@@ -287,43 +293,8 @@ def speed(file, folder):
         parts.append("![speed.png](speed.png)")
         if folder:
             figures.draw_speed(models, titles, folder / "speed.png")
-    parts += [source(file), t4(file["runs"])]
+    parts += [source(file), t4_report.section(file["runs"])]
     return join(parts)
-
-
-# ---- A T4
-
-
-T4 = """Nobody here has run one. A T4 has 320 GB/s of memory bandwidth and 65 TFLOP/s in
-fp16, an H200 4,800 GB/s and 990 TFLOP/s: about 15 times as much of both (the vendor's
-figures)."""
-PUBLIC_RUN = """A comparable public run, not ours: QLoRA of bert-base on 20,000 texts of
-128 tokens, 2 epochs, eager, not checkpointed, took 7 min 33 s on a T4, 88 texts/s;
-full fine-tuning in fp32 took 14 min 35 s
-([KyriakosTop](https://github.com/KyriakosTop/bert-distilbert-compression))."""
-
-
-def t4(runs):
-    """Return the section on a T4: arithmetic from the speeds of bert-base's shape."""
-    rows = statistics.medians([run for run in runs if run["model"] == "random"])
-    speeds = {}
-    for launch in ("captured", "eager"):
-        row = rows.get(f"QLoRA default, {launch}", {})
-        speeds[launch] = row.get("samples_per_second")
-    if not speeds["captured"] or not speeds["eager"]:
-        return ""
-    work = 16 / speeds["captured"]  # seconds of a micro-batch
-    launching = 16 / speeds["eager"]
-    minutes = 3 * 16_000 / 16 * 15 * work / 60
-    arithmetic = (
-        "A micro-batch of the default, 16 texts of 256 tokens, takes"
-        f" {1000 * work:.0f} ms captured on the GPU of the table above. A T4 would need"
-        f" some {15_000 * work:.0f} ms, and {minutes:.0f} minutes for 3 epochs of"
-        " 16,000 texts. Launching it eagerly takes this host"
-        f" {1000 * launching:.0f} ms. So a T4 waits for its own work, not for the host,"
-        " and CUDA graphs may bring nothing there."
-    )
-    return join(["## What would a T4 do?", f"{T4} {arithmetic}", PUBLIC_RUN])
 
 
 # ---- Load

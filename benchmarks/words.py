@@ -52,7 +52,7 @@ def source(file):
     versions = about["versions"]
     commits = []
     for run in file["runs"]:
-        commit = run["commit"][:7] or "unknown"
+        commit = (run["commit"] or "unknown")[:7]
         if commit not in commits:
             commits.append(commit)
     noun = "commit"

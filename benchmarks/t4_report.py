@@ -1,0 +1,35 @@
+"""The section of the report on a T4: arithmetic and a public run, no run of ours."""
+
+from benchmarks import statistics
+from benchmarks.words import join
+
+T4 = """Nobody here has run one. A T4 has 320 GB/s of memory bandwidth and 65 TFLOP/s in
+fp16, an H200 4,800 GB/s and 990 TFLOP/s: about 15 times as much of both (the vendor's
+figures)."""
+PUBLIC_RUN = """A comparable public run, not ours: QLoRA of bert-base on 20,000 texts of
+128 tokens, 2 epochs, eager, not checkpointed, took 7 min 33 s on a T4, 88 texts/s;
+full fine-tuning in fp32 took 14 min 35 s
+([KyriakosTop](https://github.com/KyriakosTop/bert-distilbert-compression))."""
+
+
+def section(runs):
+    """Return the section on a T4: arithmetic from the speeds of bert-base's shape."""
+    rows = statistics.medians([run for run in runs if run["model"] == "random"])
+    speeds = {}
+    for launch in ("captured", "eager"):
+        row = rows.get(f"QLoRA default, {launch}", {})
+        speeds[launch] = row.get("samples_per_second")
+    if not speeds["captured"] or not speeds["eager"]:
+        return ""
+    work = 16 / speeds["captured"]  # seconds of a micro-batch
+    launching = 16 / speeds["eager"]
+    minutes = 3 * 16_000 / 16 * 15 * work / 60
+    arithmetic = (
+        "A micro-batch of the default, 16 texts of 256 tokens, takes"
+        f" {1000 * work:.0f} ms captured on the GPU of the table above. A T4 would need"
+        f" some {15_000 * work:.0f} ms, and {minutes:.0f} minutes for 3 epochs of"
+        " 16,000 texts. Launching it eagerly takes this host"
+        f" {1000 * launching:.0f} ms. So a T4 waits for its own work, not for the host,"
+        " and CUDA graphs may bring nothing there."
+    )
+    return join(["## What would a T4 do?", f"{T4} {arithmetic}", PUBLIC_RUN])
