@@ -131,6 +131,7 @@ def unwrapped(trainer):
 
 
 def answers_of_adapter(task, folder, texts):
+    """Load an adapter onto a fresh 4-bit base, and ask it."""
     nb = common.notebook()
     model = nb.load_adapter(folder, task.config, task.names, task.head)
     logits = nb.predict_logits(model, texts, task.config, task.tokenizer)
@@ -308,6 +309,8 @@ def main():
             key = {"recipe": recipe.name, "seed": 1}
             study.add(key, run_search, recipe, splits, folder)
     chosen = [recipe for recipe in RECIPES if recipe.name in arguments.recipes]
+    if not chosen:
+        return  # a search alone: the further reviews stay unread
     rate_of = {}
     if any(recipe.method == "full" for recipe in chosen):
         rate_of["full"] = best_rate(study)  # fail now, if ever

@@ -97,6 +97,7 @@ class Study:
         return json.loads(self.path.read_text(encoding="utf-8"))
 
     def write(self, runs):
+        """Write the file, whole or not at all."""
         notebook().write_json(self.path, {"about": self.about, "runs": runs})
 
     @contextmanager

@@ -31,6 +31,7 @@ def is_right(answers, split):
 
 
 def run_tfidf(train, test):
+    """Fit the notebook's first baseline, and score it."""
     model = common.notebook().fit_tfidf(train)
     return {"test": is_right(model.predict(test["text"]), test)}
 
@@ -60,6 +61,7 @@ class FrozenStates:
         self.states = None
 
     def compute(self):
+        """Run the base on all texts."""
         nb = common.notebook()
         task = self.task
         base = nb.load_base(task.config, task.names, task.head)

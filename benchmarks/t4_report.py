@@ -3,7 +3,7 @@
 from benchmarks import statistics
 from benchmarks.words import join
 
-T4 = """Nobody here has run one. A T4 has 320 GB/s of memory bandwidth and 65 TFLOP/s in
+T4 = """We have not run one. A T4 has 320 GB/s of memory bandwidth and 65 TFLOP/s in
 fp16, an H200 4,800 GB/s and 990 TFLOP/s: about 15 times as much of both (the vendor's
 figures)."""
 PUBLIC_RUN = """A comparable public run, not ours: QLoRA of bert-base on 20,000 texts of
@@ -29,7 +29,7 @@ def section(runs):
         f" {1000 * work:.0f} ms captured on the GPU of the table above. A T4 would need"
         f" some {15_000 * work:.0f} ms, and {minutes:.0f} minutes for 3 epochs of"
         " 16,000 texts. Launching it eagerly takes this host"
-        f" {1000 * launching:.0f} ms. So a T4 waits for its own work, not for the host,"
-        " and CUDA graphs may bring nothing there."
+        f" {1000 * launching:.0f} ms. Beside a host as fast, a T4 would wait for its"
+        " own work, and CUDA graphs may bring nothing there."
     )
     return join(["## What would a T4 do?", f"{T4} {arithmetic}", PUBLIC_RUN])
