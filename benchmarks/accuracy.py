@@ -50,7 +50,7 @@ RECIPES = [
     Recipe("tfidf-logreg", "TF-IDF", {}),
     Recipe("tfidf-nb-svm", "TF-IDF", {}),
 ]
-FULL_RATES = [2e-5, 3e-5, 5e-5, 1e-4, 2e-4]
+FULL_RATES = [1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4]
 RECOMMENDED_RATES = [2e-4, 5e-4, 1e-3, 2e-3]
 
 

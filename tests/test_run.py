@@ -248,7 +248,7 @@ def test_cautions_are_said_where_the_scores_are(run):
     ours = results["test_merged"]["f1_macro"]
     for key, name in (("tfidf_logreg", "TF-IDF"), ("frozen_logreg", "frozen base")):
         is_beaten = ours > results["baselines"][key]["f1_macro"]
-        assert (f"No better than {name}" in said) == (not is_beaten)
+        assert (f"Not better than {name}" in said) == (not is_beaten)
     counts = np.array(results["test_merged"]["confusion_matrix"]).sum(axis=0)
     for name, count in zip(CLASSES, counts):
         assert (count == 0) == bool(re.search(f"NEVER answered:[^.]*{name}", said))
