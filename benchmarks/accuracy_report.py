@@ -180,6 +180,21 @@ def search_table(runs):
     return lead + "\n\n" + table(["search", "rate", "validation"], lines)
 
 
+def repetition_sentence(runs):
+    """Say what a training of the search came to when it was repeated for the table."""
+    for again in of_recipe(runs, "full-512"):
+        for first in runs:
+            is_search = first["recipe"].startswith("search-full")
+            if is_search and first["learning_rate"] == again["learning_rate"]:
+                return (
+                    f"At {first['learning_rate']:g} the training of seed"
+                    f" {again['seed']} was repeated for the table above, and came to"
+                    f" {again['validation']:.2%}: a difference between two rates that"
+                    " is no larger than this one says nothing."
+                )
+    return ""
+
+
 def length_table(rows):
     """Return the table of the further reviews by their length."""
     columns = ["recipe"]
@@ -228,6 +243,7 @@ def section(file, folder):
     if rows:
         parts += [recipe_table(rows), HOW_MEASURED]
     parts.append(search_table(runs))
+    parts.append(repetition_sentence(runs))
     if rows:
         parts += [length_table(rows), CAVEATS, "![accuracy.png](accuracy.png)"]
         if folder:

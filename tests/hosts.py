@@ -192,7 +192,13 @@ class Host:
         manager = AsyncKernelManager()
         manager._kernel_spec = KernelSpec(argv=argv, display_name=self.name)
         where = {"metadata": {"path": str(self.working)}}
-        return NotebookClient(self.nb, km=manager, timeout=300, resources=where)
+        return NotebookClient(
+            self.nb,
+            km=manager,
+            timeout=300,
+            resources=where,
+            coalesce_streams=True,  # what is printed may come in several messages
+        )
 
     def find_sections(self):
         """Empty all code cells; return the places of those of each section."""

@@ -268,3 +268,32 @@ def test_a_published_set_of_several_kinds_is_refused_with_them(notebook, hub_fol
     write(hub_folder / "README.md", f"{card}---\n")
     said = refusal(notebook.read_published, "owner/name", "main")
     assert "'first', 'second'" in said
+
+
+@pytest.mark.parametrize("name", ["NA", "n/a", "NULL", "None", "nan", "#N/A", "\\N"])
+def test_a_label_that_means_missing_elsewhere_is_named(
+    notebook, tmp_path, capsys, name
+):
+    path = write(tmp_path / "a.csv", f"text,label\na,x\nb,y\nc,{name}\n")
+    rows, _ = gather(notebook, path)
+    assert rows["label"].nunique() == 3
+    assert f"LOOK: {name}: read as a class" in capsys.readouterr().out
+
+
+def test_labels_that_are_one_number_are_named(notebook, tmp_path, capsys):
+    write(tmp_path / "d" / "a.csv", "text,label\na,1.5\nb,2.0\n")
+    write(tmp_path / "d" / "b.csv", "text,label\nc,1.50\nd,2.00\n")
+    gather(notebook, tmp_path / "d")
+    assert "1.5, 2, 1.50 are one number, but two classes" in capsys.readouterr().out
+
+
+def test_usual_labels_are_not_doubted(notebook, tmp_path, capsys):
+    path = write(tmp_path / "a.csv", "text,label\na,1.0\nb,2\nc,nano\nd,no\n")
+    gather(notebook, path)
+    assert "LOOK" not in capsys.readouterr().out
+
+
+def test_the_number_of_a_record_without_fields_is_said(notebook, tmp_path):
+    records = json.dumps([{"text": "a", "label": "b"}, "c"])
+    path = write(tmp_path / "a.json", records)
+    assert "record 2 has no named fields" in refusal(notebook.read_tables, str(path))

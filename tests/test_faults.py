@@ -75,7 +75,7 @@ def test_no_warning_is_shown_for_signs_that_a_font_lacks(odd):
 
 
 def test_other_settings_without_the_sections_that_use_them_say_where_to_run(odd):
-    cell = next(c for c in odd.nb.cells if "in (tokenized_config" in c.source)
+    cell = next(c for c in odd.nb.cells if "in (tokenized_from" in c.source)
     place = odd.nb.cells.index(cell)
     odd.run(0, "kept = config\nconfig = config.model_copy(update={'lora_r': 3})")
     source = (
@@ -83,7 +83,7 @@ def test_other_settings_without_the_sections_that_use_them_say_where_to_run(odd)
     )
     (said,) = odd.run(place, source)
     odd.run(0, "config = kept")
-    assert said.text == "The settings were changed: run again from section 3 on.\n"
+    assert said.text == "Settings or data changed: run again from section 3 on.\n"
 
 
 def indented(source):
@@ -99,6 +99,37 @@ def test_an_adapter_of_other_settings_is_not_scored(odd):
         (said,) = odd.run(odd.nb.cells.index(cell), source)
         assert said.text.startswith("Run all cells: a finished training")
     odd.run(0, "config = kept")
+
+
+def test_an_adapter_is_not_scored_on_another_split(odd):
+    """The new test split has texts that the adapter was trained on."""
+    odd.run(
+        0,
+        "kept = splits\nsplits = split_rows(clean(pick_columns(read_tables("
+        "config.dataset_name)))[0], config)",
+    )
+    for words, first in (
+        ("reloaded = load_adapter", "Run all cells"),
+        ("in (tokenized_from", "Settings or data changed"),
+    ):
+        cell = next(c for c in odd.nb.cells if words in c.source)
+        source = indented(cell.source)
+        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+        outputs = odd.run(odd.nb.cells.index(cell), source)
+        assert outputs[-1].text.startswith(first)
+    odd.run(0, "splits = kept")
+
+
+def test_a_model_that_was_a_classifier_before_is_named(odd):
+    """Its own training may have had the texts of our test split."""
+    cell = next(c for c in odd.nb.cells if c.source.startswith("cautions = []"))
+    place = odd.nb.cells.index(cell)
+    said = odd.run(place, cell.source)
+    assert not any("classifier before" in output.get("text", "") for output in said)
+    odd.run(0, "about_model.architectures = ['BertForSequenceClassification']")
+    said = odd.run(place, cell.source)
+    assert "The model was a classifier before." in said[0].text
+    odd.run(0, "about_model.architectures = ['BertModel']")
 
 
 def test_what_training_freed_is_loaded_again_or_said(odd):

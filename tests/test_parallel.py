@@ -136,8 +136,10 @@ def test_two_processes_end_after_section_9(one, two):
 def test_an_accumulation_that_cannot_be_divided_is_refused(notebook, tiny_config):
     config = tiny_config.model_copy(update={"gradient_accumulation_steps": 3})
     names = dict(vars(notebook))
-    for name in ("config", "tokenized_config", "baseline_config", "base_config"):
-        names[name] = config
+    names["config"] = config
+    names["splits"] = None
+    for name in ("tokenized_from", "baseline_from", "frozen_from"):
+        names[name] = (config, None)
     names["process_state"] = SimpleNamespace(num_processes=2)
     for cell in code_cells():
         if "cannot be" in cell.source and "n_processes" in cell.source:

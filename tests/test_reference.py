@@ -179,7 +179,14 @@ def test_the_lesson_gives_the_ranks_of_the_saved_run():
 # ---- The studies
 
 
-SHOWN = ["tfidf-logreg", "tfidf-nb-svm", "default"]
+SHOWN = [
+    "tfidf-logreg",
+    "tfidf-nb-svm",
+    "default",
+    "recommended",
+    "recommended-fast",
+    "full-512",
+]
 
 
 @pytest.mark.parametrize("text", [README, section(LESSON, "9 Evaluation")])
@@ -196,7 +203,7 @@ def test_the_texts_give_the_row_of_the_accuracy_study(recipe, text):
 
 def test_the_readme_gives_the_accuracies_on_the_longest_texts():
     text = section(README, "Results")
-    for recipe in ("default", "tfidf-nb-svm"):
+    for recipe in ("default", "recommended", "tfidf-nb-svm"):
         longest = [run["by_length"][-1] for run in ACCURACY[recipe].runs]
         assert words.percent(statistics.mean(longest, "share")) in text
 

@@ -236,8 +236,8 @@ def test_a_file_is_classified_row_by_row(hosts):
 def test_the_baseline_is_kept_and_answers_as_scored(run, reviews):
     baseline = joblib.load(run.folder / "outputs" / "tfidf.joblib")
     verdicts = dict(zip(reviews["Review"], reviews["Verdict"]))
-    truth = [CLASSES.index(verdicts[text]) for text in run.texts]
-    matrix = confusion_matrix(truth, baseline.predict(run.texts), labels=range(3))
+    truth = [verdicts[text] for text in run.texts]
+    matrix = confusion_matrix(truth, baseline.predict(run.texts), labels=CLASSES)
     expected = run.results["baselines"]["tfidf_logreg"]["confusion_matrix"]
     assert matrix.tolist() == expected
 
@@ -489,7 +489,8 @@ def test_a_classifier_of_another_training_is_not_replaced_without_a_word(run):
     said = []
     for seed in (9, 9, 42):  # 42 is its own
         kernel.run(0, f"config = config.model_copy(update={{'seed': {seed}}})")
-        kernel.run(0, "tokenized_config = baseline_config = base_config = config")
+        kernel.run(0, "tokenized_from = baseline_from = (config, splits)")
+        kernel.run(0, "frozen_from = tokenized_from")
         outputs = kernel.run(place, source)
         said.append(" ".join("".join(output.text for output in outputs).split()))
     for each in said[:2]:

@@ -359,3 +359,30 @@ def test_a_file_to_classify_that_is_not_there_is_refused_at_once(notebook, tmp_p
     assert "no such file" in refusal(notebook, {"predict_name": str(path)}, {})
     path.write_text("text\ngood\n")
     assert resolve(notebook, {"predict_name": str(path)}, {}).predict_name == str(path)
+
+
+@pytest.mark.parametrize("field", ["dataset_name", "test_dataset_name", "predict_name"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Data/results.json",
+        "outputs/predictions.csv",
+        "outputs/../outputs/test_predictions.csv",
+    ],
+)
+def test_a_file_that_a_run_writes_is_not_its_input(
+    notebook, field, name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Data").mkdir()
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / name).resolve().write_text("text,label\na,b\n")
+    assert refusal(notebook, {field: name}, {}).startswith(f"{field}: a run writes")
+
+
+def test_the_demo_leaves_another_preset_s_epochs(notebook, monkeypatch):
+    monkeypatch.setitem(notebook.PRESETS, "long", {"num_train_epochs": 4})
+    settings = {"dataset_name": "my.csv", "preset": "long"}
+    config, sources = notebook.resolve_config(settings, {}, cuda=False)
+    assert config.num_train_epochs == 4
+    assert sources["num_train_epochs"] == "preset long"
