@@ -180,6 +180,7 @@ def test_the_lesson_gives_the_ranks_of_the_saved_run():
 
 
 SHOWN = [
+    "frozen-512",
     "tfidf-logreg",
     "tfidf-nb-svm",
     "default",
