@@ -225,7 +225,7 @@ def test_labels_are_one_exactly_where_they_look_alike(notebook, capsys, labels):
     assert len(set(classes.values())) == len(classes)
     printed = capsys.readouterr().out
     spelled = {" ".join(label.split()) for label in labels}
-    assert ("one" in printed) == (len(spelled) > len(classes))
+    assert ("as one" in printed) == (len(spelled) > len(classes))
 
 
 CHANGES = {
