@@ -88,6 +88,7 @@ def use_offline_assets(own: dict, environ: MutableMapping[str, str]) -> None:
     environ["HF_HUB_OFFLINE"] = "1"  # nothing in the notebook waits for the Hub
     if not chosen("model_name", own, environ):
         environ["QLORA_MODEL_NAME"] = shown_path(offline_assets.ensure_model())
+        print(f"Whatever the preset, the model is {environ['QLORA_MODEL_NAME']}.")
     if not chosen("dataset_name", own, environ):
         environ["QLORA_DATASET_NAME"] = shown_path(offline_assets.ensure_reviews())
         environ.setdefault("QLORA_PRESET", "demo")
