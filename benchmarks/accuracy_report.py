@@ -19,7 +19,7 @@ TITLES = {
     "tfidf-logreg": "TF-IDF, logistic regression",
 }
 OVERVIEW = {
-    "tfidf-nb-svm": "TF-IDF",
+    "tfidf-nb-svm": "TF-IDF, linear SVM",
     "full-512": "full fine-tuning",
     "default": "QLoRA default",
     "recommended": "QLoRA recommended",
@@ -186,11 +186,12 @@ def repetition_sentence(runs):
         for first in runs:
             is_search = first["recipe"].startswith("search-full")
             if is_search and first["learning_rate"] == again["learning_rate"]:
+                apart = 100 * abs(again["validation"] - first["validation"])
                 return (
-                    f"At {first['learning_rate']:g} the training of seed"
-                    f" {again['seed']} was repeated for the table above, and came to"
-                    f" {again['validation']:.2%}: a difference between two rates that"
-                    " is no larger than this one says nothing."
+                    f"The training at {first['learning_rate']:g} was repeated for the"
+                    f" table above, and came to {again['validation']:.2%},"
+                    f" {apart:.2f} points away. Rates that differ by less are not told"
+                    " apart."
                 )
     return ""
 

@@ -209,6 +209,27 @@ def test_the_readme_gives_the_accuracies_on_the_longest_texts():
         assert words.percent(statistics.mean(longest, "share")) in text
 
 
+def test_the_lesson_gives_the_lead_of_recommended_by_length():
+    default, recommended = (
+        next(run for run in ACCURACY[recipe].runs if run["seed"] == 1)
+        for recipe in ("default", "recommended")
+    )
+    leads = []
+    for ours, theirs in zip(recommended["by_length"], default["by_length"]):
+        leads.append(f"{100 * (ours['share'] - theirs['share']):.1f}")
+    assert leads == ["1.8", "0.2", "2.9", "5.5"]
+    assert set(leads) <= numbers(section(LESSON, "9 Evaluation"))
+
+
+def test_the_lesson_gives_both_scores_of_the_repeated_training():
+    found = numbers(section(LESSON, "9 Evaluation"))
+    (again,) = ACCURACY["full-512"].runs
+    rate = again["learning_rate"]
+    for run in read("accuracy.json")["runs"]:
+        if run["recipe"] in ("full-512", f"search-full-{rate:g}"):
+            assert f"{100 * run['validation']:.1f}" in found
+
+
 @pytest.mark.parametrize(
     ("shown", "method"),
     [
