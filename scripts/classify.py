@@ -7,8 +7,10 @@ row without a text gets none. Section 12 of the notebook does the same (`predict
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
+from dotenv import load_dotenv
 from export_onnx import check_folder
 
 
@@ -28,9 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--text-column",
         default="",
-        help="the column of the texts, if it is not text or review",
+        help="the column of the texts, if it is not text or review; without it that"
+        " of QLORA_TEXT_COLUMN, where the file has it",
     )
     options = parser.parse_args(arguments)
+    load_dotenv(".env")
+    text_column = options.text_column or os.environ.get("QLORA_TEXT_COLUMN", "")
     check_folder(options.model)
     if not Path(options.file).exists():
         raise SystemExit(f"{options.file}: there is no such file or folder.")
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.text_column:
             for table in notebook.read_tables(options.file):
                 notebook.find_column(table, "text_column", options.text_column, [])
-        notebook.classify_file(options.file, path, classify, options.text_column)
+        notebook.classify_file(options.file, path, classify, text_column)
     except Exception as error:
         raise SystemExit(
             f"{error}\nThe column of the texts is named by --text-column, the"

@@ -18,6 +18,13 @@ def make_results(notebook, **about):
     for period in (2, 3, 5, 7):
         predictions = np.arange(40) % period % 2
         scores.append(notebook.score(labels, predictions, 2))
+    provenance = {
+        "model": "owner/base",
+        "dataset": "reviews.csv",
+        "labels": ["bad", "good"],
+        "largest_class": 0.625,
+    }
+    provenance.update(about)
     return {
         "test": scores[0],
         "test_merged": scores[1],
@@ -25,13 +32,7 @@ def make_results(notebook, **about):
         "calibration": {"ece": 0.0321},
         "reliable": {"threshold": 0.9312, "words": "A third can be relied on."},
         "cautions": ["NEVER answered: bad.", "What can help: more texts."],
-        "provenance": {
-            "model": "owner/base",
-            "dataset": "reviews.csv",
-            "labels": ["bad", "good"],
-            "largest_class": 0.625,
-            **about,
-        },
+        "provenance": provenance,
     }
 
 

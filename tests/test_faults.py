@@ -130,6 +130,27 @@ def test_a_model_that_was_a_classifier_before_is_named(odd):
     odd.run(0, "about_model.architectures = ['BertModel']")
 
 
+def test_a_class_that_is_hardly_recognized_is_named(odd):
+    cell = next(c for c in odd.nb.cells if c.source.startswith("cautions = []"))
+    place = odd.nb.cells.index(cell)
+    odd.run(0, "kept = merged_scores['confusion_matrix']")
+    for last_row, is_named in (("[6, 0, 2]", False), ("[7, 0, 1]", True)):
+        matrix = f"[[5, 0, 0], [0, 5, 0], {last_row}]"
+        odd.run(0, f"merged_scores['confusion_matrix'] = {matrix}")
+        said = odd.run(place, cell.source)[0].text
+        assert (f"HARDLY recognized: {CLASSES[2]} (1 of 8)." in said) == is_named
+    odd.run(0, "merged_scores['confusion_matrix'] = kept")
+
+
+def test_a_new_adapter_does_not_lie_beside_an_older_merged_model(odd):
+    """Else a run that ends between the two would leave the older one's answers."""
+    merged = odd.folder / "home" / "x" / "merged" / "model.safetensors"
+    for words, is_there in (("calibrated = load_adapter", False), ("merged =", True)):
+        cell = next(c for c in odd.nb.cells if f"\n{words}" in f"\n{c.source}")
+        odd.run(odd.nb.cells.index(cell), cell.source)
+        assert merged.exists() == is_there
+
+
 def test_what_training_freed_is_loaded_again_or_said(odd):
     for words in ("full_mb = storage(published)", "frozen_predictions = None"):
         cell = next(c for c in odd.nb.cells if words in c.source)
@@ -350,14 +371,6 @@ def test_a_tokenizer_that_cannot_pad_is_refused(
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     config = tiny_config.model_copy(update={"model_name": str(folder)})
     assert "has no pad_token" in refusal(notebook.open_checkpoint, config)
-
-
-def test_words_stand_under_the_classes_that_a_baseline_knows(notebook):
-    train = {"text": ["good film", "bad film", "dull film"] * 3, "label": [0, 2, 3] * 3}
-    tfidf = notebook.fit_tfidf(train)
-    words = notebook.words_by_class(tfidf, ["a", "c", "d"])
-    assert words["a"][0] in ("good", "good film")
-    assert words["d"][0] in ("dull", "dull film")
 
 
 @pytest.mark.parametrize("columns", [64, 50])

@@ -79,7 +79,9 @@ def folders(notebook, tiny_bert, tmp_path_factory):
     write_model(place / "model" / "older", tiny_bert, word=2.0)
     rows = {"train": 32, "validation": 8, "test": 40}
     write_dataset(place / "dataset" / "main", rows)
-    write_dataset(place / "dataset" / "older", {**rows, "test": 20})
+    older_rows = dict(rows)
+    older_rows["test"] = 20
+    write_dataset(place / "dataset" / "older", older_rows)
     shutil.copytree(tiny_bert, place / "pickled" / "main")
     weights = place / "pickled" / "main" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
@@ -104,7 +106,9 @@ def folders(notebook, tiny_bert, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hub(folders):
     """The Hub while it answers."""
-    hub = Hub(folders, faults={**LASTING, **PASSING})
+    faults = dict(LASTING)
+    faults.update(PASSING)
+    hub = Hub(folders, faults)
     yield hub
     hub.stop()
 

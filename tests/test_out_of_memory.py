@@ -114,9 +114,8 @@ def attempts(notebook, config, monkeypatch):
         state = SimpleNamespace(num_processes=n_processes)
         monkeypatch.setattr(notebook, "PartialState", lambda: state)
         attempt = MagicMock(side_effect=error)
-        micro_batch = {"per_device_train_batch_size": 4}
-        accumulation = {"gradient_accumulation_steps": 3}
-        first = config.model_copy(update={**micro_batch, **accumulation})
+        batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+        first = config.model_copy(update=batch)
         with pytest.raises(raised) as caught:
             notebook.within_memory(attempt, first)
         tried = []

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import os
 import json
 import shutil
 import subprocess
@@ -118,13 +119,15 @@ def test_a_model_reads_texts_as_they_came_as_in_training(notebook, classify, tmp
     assert rows[0]["text"] == "A<br />b\n c"
 
 
-def test_answers_to_rely_on_are_marked(notebook, classify, tmp_path):
+def test_answers_to_rely_on_are_marked(notebook, classify, tmp_path, capsys):
     write(tmp_path / "texts.csv", f'text\n{"a" * 40}\n""\n{"b" * 39}\n')
     rows = classified(notebook, tmp_path / "texts.csv", classify)
     assert [row["reliable"] for row in rows] == ["True", "", "False"]
+    capsys.readouterr()
     classify.model.config.reliable_confidence = None
     rows = classified(notebook, tmp_path / "texts.csv", classify)
     assert [row["reliable"] for row in rows] == ["", "", ""]
+    assert "reliable is empty: training found no threshold" in capsys.readouterr().out
 
 
 def test_columns_of_the_same_names_are_kept(notebook, classify, tmp_path):
@@ -160,9 +163,12 @@ def test_a_missing_column_is_named_with_its_setting(notebook, classify, tmp_path
     assert row["label"] == "a"
 
 
-def run_script(*arguments):
+def run_script(*arguments, text_column=""):
+    """Run the script where QLORA_TEXT_COLUMN is `text_column`."""
     command = [sys.executable, str(ROOT / "scripts" / "classify.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    environ = os.environ.copy()
+    environ["QLORA_TEXT_COLUMN"] = text_column
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +196,15 @@ def test_a_file_is_classified_without_the_notebook(merged, tmp_path):
     assert [row["id"] for row in rows] == ["07", "08", "09"]
     assert {rows[0]["label"], rows[2]["label"]} <= {"pan", "praise"}
     assert rows[1]["label"] == ""
+
+
+def test_the_column_of_the_settings_is_read_where_there_is_one(merged, tmp_path):
+    path = write(tmp_path / "texts.csv", "text,body\na,b\n")
+    arguments = (str(path), "--model", str(merged))
+    assert "column body" in run_script(*arguments, text_column="body").stdout
+    assert "column text" in run_script(*arguments, text_column="another").stdout
+    arguments += ("--text-column", "text")
+    assert "column text" in run_script(*arguments, text_column="body").stdout
 
 
 def test_a_file_without_any_text_is_no_error(merged, tmp_path):

@@ -259,8 +259,10 @@ def test_a_run_goes_on_exactly_where_what_decides_a_training_is_the_same(
     notebook, tokenized, first, second, free
 ):
     """Batches of one effective size are one training: memory may have run out."""
+    freely_changed = dict(second)
+    freely_changed.update(free)
     names = []
-    for settings in (first, {**second, **free}):
+    for settings in (first, freely_changed):
         config = notebook.Config(**settings)
         folder, _ = notebook.training_folder(config, tokenized, "weights")
         names.append(folder.name)
