@@ -141,8 +141,7 @@ def test_an_accumulation_that_cannot_be_divided_is_refused(notebook, tiny_config
     for name in ("tokenized_from", "baseline_from", "frozen_from"):
         names[name] = (config, None)
     names["process_state"] = SimpleNamespace(num_processes=2)
-    for cell in code_cells():
-        if "cannot be" in cell.source and "n_processes" in cell.source:
-            check = cell.source
+    words = "processes. Set a multiple"
+    (check,) = [cell.source for cell in code_cells() if words in cell.source]
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3 .* multiple"):
         exec(check, names)
