@@ -68,6 +68,21 @@ def crossing_sentence(means, other, name):
     return f"Its mean is above that of {name} from {size:,} labels on."
 
 
+def fewer_labels_sentence(means, other, name):
+    """Say with how many labels QLoRA is above another method with all of them."""
+    sizes = [size for size, method in means if method == other]
+    if not sizes:
+        return ""
+    most = max(sizes)
+    for size, method in means:
+        if method == "QLoRA" and means[size, method] > means[most, other]:
+            return (
+                f"With {size:,} labels it is above {name} with {most:,}"
+                f" ({percent(means[most, other])})."
+            )
+    return ""
+
+
 def label_table(groups, estimates):
     """Return the table of sizes and methods."""
     methods = sorted({method for size, method in groups})
@@ -98,6 +113,8 @@ def labels(file, folder):
         qlora_sentence(means),
         crossing_sentence(means, "frozen base", "the frozen base"),
         crossing_sentence(means, "TF-IDF", "TF-IDF"),
+        fewer_labels_sentence(means, "frozen base", "the frozen base"),
+        fewer_labels_sentence(means, "TF-IDF", "TF-IDF"),
     ]
     settings = file["about"]["settings"]
     model = MODELS.get(settings["model"], settings["model"])

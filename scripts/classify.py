@@ -16,12 +16,14 @@ from export_onnx import check_folder
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, and classify."""
+    load_dotenv(".env")
+    output_dir = Path(os.environ.get("QLORA_OUTPUT_DIR") or "outputs").expanduser()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="CSV, TSV, JSON or Parquet, or a folder of them")
     parser.add_argument(
         "--model",
         type=Path,
-        default="outputs/merged",
+        default=output_dir / "merged",
         help="the classifier's folder: %(default)s",
     )
     parser.add_argument(
@@ -34,7 +36,6 @@ def main(arguments: list[str] | None = None) -> None:
         " of QLORA_TEXT_COLUMN, where the file has it",
     )
     options = parser.parse_args(arguments)
-    load_dotenv(".env")
     text_column = options.text_column or os.environ.get("QLORA_TEXT_COLUMN", "")
     check_folder(options.model)
     if not Path(options.file).exists():
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         classify = pipeline("text-classification", model=str(options.model))
     except Exception as error:  # transformers and safetensors raise what they raise
         raise SystemExit(f"--model {options.model} cannot be used: {error}") from None
+    classes = ", ".join(classify.model.config.label2id)
+    print(f"The classifier in {options.model} knows the classes {classes}.")
     if len(classify.tokenizer) < classify.model.config.vocab_size / 2:
         raise SystemExit(f"--model {options.model} has no tokenizer of its model.")
     try:

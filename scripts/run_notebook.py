@@ -211,7 +211,10 @@ def execute(path: Path, executed: Path, folder: Path) -> dict[str, float]:
             raise SystemExit(STOPPED) from None
         reason = f"{error.ename}: {error.evalue}"
     except (DeadKernelError, AssertionError):  # nbclient asserts that there is a kernel
-        reason = "The notebook's process was killed: is there enough memory?"
+        reason = (
+            "The notebook's process was killed, from outside or for want of memory."
+            " Run it again: a training goes on from its last whole epoch."
+        )
     finally:
         nbformat.write(notebook, executed)
     if reason:
@@ -288,6 +291,7 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
         f"time, memory            {seconds:.0f} s; {spent}; {memory:.1f} GB",
         f"results and plots       {data_dir}/",
         f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",
+        f"TF-IDF, test answers    {output_dir}/tfidf.joblib, test_predictions.csv",
         f"executed notebook       {shown_path(executed)}",
     ]
     return "\n".join(lines)
@@ -311,6 +315,8 @@ def main() -> None:
     seconds = execute(NOTEBOOK, executed, ROOT)
     results = add_sections(ROOT / data_dir / "results.json", seconds)
     print(summary(results, data_dir, output_dir, executed))
+    if chosen("predict_name", own, os.environ):
+        print(f"predictions             {output_dir}/predictions.csv")
 
 
 if __name__ == "__main__":

@@ -163,11 +163,12 @@ def test_a_missing_column_is_named_with_its_setting(notebook, classify, tmp_path
     assert row["label"] == "a"
 
 
-def run_script(*arguments, text_column=""):
-    """Run the script where QLORA_TEXT_COLUMN is `text_column`."""
+def run_script(*arguments, text_column="", output_dir=""):
+    """Run the script where the environment has these settings."""
     command = [sys.executable, str(ROOT / "scripts" / "classify.py"), *arguments]
     environ = os.environ.copy()
     environ["QLORA_TEXT_COLUMN"] = text_column
+    environ["QLORA_OUTPUT_DIR"] = output_dir
     return subprocess.run(command, capture_output=True, text=True, env=environ)
 
 
@@ -205,6 +206,13 @@ def test_the_column_of_the_settings_is_read_where_there_is_one(merged, tmp_path)
     assert "column text" in run_script(*arguments, text_column="another").stdout
     arguments += ("--text-column", "text")
     assert "column text" in run_script(*arguments, text_column="body").stdout
+
+
+def test_the_classifier_of_the_settings_is_taken_and_named(merged, tmp_path):
+    path = write(tmp_path / "texts.csv", "text\na\n")
+    done = run_script(str(path), output_dir=str(merged.parent))
+    assert f"classifier in {merged} knows the classes pan, praise." in done.stdout
+    assert (merged.parent / "predictions.csv").exists()
 
 
 def test_a_file_without_any_text_is_no_error(merged, tmp_path):
