@@ -276,12 +276,21 @@ def test_a_loss_that_is_not_finite_ends_at_once_with_advice(
         )
 
 
-def test_a_folder_that_was_moved_keeps_its_best_epoch(notebook, tmp_path):
-    state = notebook.transformers.TrainerState()
-    state.best_model_checkpoint = "/somewhere/else/checkpoint-30"
-    arguments = notebook.TrainingArguments(str(tmp_path), use_cpu=True)
-    notebook.Watch().on_train_begin(arguments, state, None)
-    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-30")
+def test_words_stand_under_the_classes_that_a_baseline_knows(notebook):
+    train = {
+        "text": ["good film", "bad film", "dull film"] * 3,
+        "label": ["a", "c", "d"] * 3,
+    }
+    words = notebook.telling_words(notebook.fit_tfidf(train))
+    assert words["a"][0] in ("good", "good film")
+    assert words["d"][0] in ("dull", "dull film")
+
+
+def test_one_weight_speaks_for_two_classes(notebook):
+    train = {"text": ["good film", "bad film"] * 3, "label": ["a", "b"] * 3}
+    words = notebook.telling_words(notebook.fit_tfidf(train))
+    assert words["a"][0] in ("good", "good film")
+    assert words["b"][0] in ("bad", "bad film")
 
 
 def test_plots_of_50_classes_with_long_names_are_drawn():

@@ -217,6 +217,21 @@ def test_a_finished_training_can_be_moved(section_8, config, tmp_path):
     assert torch.equal(adapter_of(finished / "adapter"), before)
 
 
+def test_an_interrupted_training_can_be_moved(
+    section_8, notebook, config, monkeypatch, tmp_path
+):
+    """Its best epoch, the second, is found where the folder is now."""
+    play_accuracies(monkeypatch, notebook, [0.1, 0.5, 0.9, 0.6])
+    with pytest.raises(KeyboardInterrupt):
+        section_8(config, Interrupt(35))
+    moved = elsewhere(config, tmp_path)
+    shutil.move(config.output_dir, moved.output_dir)
+    finished = section_8(moved)
+    assert summary_of(finished)["best_epoch"] == 2
+    best = adapter_of(finished.parent / "checkpoint-20")
+    assert torch.equal(adapter_of(finished / "adapter"), best)
+
+
 def play_accuracies(monkeypatch, notebook, accuracies):
     """Let validations have these accuracies, and all after them the last one."""
     played = itertools.chain(accuracies, itertools.repeat(accuracies[-1]))

@@ -111,8 +111,9 @@ def test_text_of_the_environment_becomes_lists_and_bools(notebook):
     assert not config.fp16
 
 
-def test_none_empties_the_ranks(notebook):
+def test_none_or_brackets_empty_the_ranks(notebook):
     assert resolve(notebook, {}, {"QLORA_RANKS": "none"}).ranks == []
+    assert resolve(notebook, {}, {"QLORA_RANKS": "[]"}).ranks == []
     assert resolve(notebook, {"ranks": []}, {}).ranks == []
 
 
