@@ -46,16 +46,16 @@ texts. The further reviews are the same for all seeds, and no row uses them for 
 choice. "Test" and "further reviews" score what a user takes away; for QLoRA it is the
 merged model. "Adapter" scores the adapter on its 4-bit base. "Over full" is the
 difference to full fine-tuning at 512 tokens in points, on the same seeds and reviews.
-Intervals cover the choice of seeds and of texts; with one seed, that of texts. With two
-or three seeds those of differences are too wide, if anything. Seconds are those of
-trainings that had the GPU to themselves. Full fine-tuning has steps of 32 texts of like
+Intervals cover the choice of texts, and that of two or three seeds only in part: so few
+vary less than many would. Seconds are those of one training each, which had the GPU to
+itself. Full fine-tuning has steps of 32 texts of like
 length, not checkpointed, as `recommended, fast` has; its rate was searched at 512
 tokens."""
 CAVEATS = """Any random split of IMDb has reviews of the same film on both sides, and
 the further reviews are of such films, too. Scores are higher than on films never seen.
-The literature reports 95.3% to 95.8% for encoders of this size on IMDb's own halves,
-which have different films, with 25,000 whole texts to train on. The scores here are not
-comparable with those digit by digit."""
+The best results in the literature for encoders of this size are 95.3% to 95.8% on
+IMDb's own halves, which have different films, with 25,000 whole texts to train on. The
+scores here are only roughly comparable."""
 
 
 @dataclass
@@ -117,8 +117,8 @@ def recommended_sentence(rows):
     difference, interval = row.over_full
     if interval is None:
         return sentence
-    sentence += f" That is {points(difference, interval)} points from the best full"
-    sentence += " fine-tuning."
+    sentence += f" That is {points(difference, interval)} points from full fine-tuning,"
+    sentence += " on the seeds that have both."
     low, high = interval
     if low <= 0 <= high:
         sentence += " The interval includes zero."

@@ -123,8 +123,8 @@ def labels(file, folder):
         f" `{settings['preset']}`, and more epochs where labels are few; it is scored"
         " as the adapter on its 4-bit base. All methods have the same labels: QLoRA"
         " trains on eight ninths of them, and chooses its best epoch by the rest. All"
-        " are scored on the whole test split. This base was trained for averages of its"
-        " states, which makes the frozen one strong."
+        " are scored on the whole test split. This base was trained to compare"
+        " sentences by averages of its states: a plain BERT may need more labels."
     )
     parts = ["## How many labels do I need?", " ".join(filter(None, sentences)), about]
     if groups:
@@ -191,7 +191,7 @@ def memory_table(runs):
         ]
         lines.append(cells)
     columns = ["model", "method", "weights, MB", "PyTorch's peak, MB"]
-    columns += ["with CUDA's own, MB", "texts/s", "fits"]
+    columns += ["with CUDA's own, MB", "texts/s", "would fit"]
     return table(columns, lines)
 
 
