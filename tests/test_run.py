@@ -251,7 +251,8 @@ def test_cautions_are_said_where_the_scores_are(run):
             is_beaten = ours[measure] > results["baselines"][key][measure]
             words = f"By {measure} not better than {name}"
             assert (words in said) == (not is_beaten)
-    for name, row, place in zip(CLASSES, ours["confusion_matrix"], range(len(CLASSES))):
+    for place, name in enumerate(CLASSES):
+        row = ours["confusion_matrix"][place]
         words = f"{name} ({row[place]} of {sum(row)})"
         is_missed = row[place] < sum(row) / 4
         assert (words in said) == is_missed
