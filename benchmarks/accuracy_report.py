@@ -46,11 +46,10 @@ texts. The further reviews are the same for all seeds, and no row uses them for 
 choice. "Test" and "further reviews" score what a user takes away; for QLoRA it is the
 merged model. "Adapter" scores the adapter on its 4-bit base. "Over full" is the
 difference to full fine-tuning at 512 tokens in points, on the same seeds and reviews.
-Intervals cover the choice of texts, and that of two or three seeds only in part: so few
-vary less than many would. Seconds are those of one training each, which had the GPU to
-itself. Full fine-tuning has steps of 32 texts of like
-length, not checkpointed, as `recommended, fast` has; its rate was searched at 512
-tokens."""
+Intervals cover the choice of texts, and only a part of the choice of seeds, since there
+are two or three. Seconds are those of one training each, which had the GPU to itself.
+Full fine-tuning has steps of 32 texts of like length, not checkpointed, as
+`recommended, fast` has; its rate was searched at 512 tokens."""
 CAVEATS = """Any random split of IMDb has reviews of the same film on both sides, and
 the further reviews are of such films, too. Scores are higher than on films never seen.
 The best results in the literature for encoders of this size are 95.3% to 95.8% on

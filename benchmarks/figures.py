@@ -128,21 +128,20 @@ def draw_labels(estimates, path):
     for (size, method), accuracy in estimates.items():
         lines.setdefault(method, {})[size] = accuracy
     shift = 0.96  # so that the intervals stand side by side
-    ends = []
-    for method, line in lines.items():
+    for marker, (method, line) in zip("osD", lines.items()):
         means = []
         for size, (mean, (low, high)) in line.items():
             interval = [100 * low, 100 * high]
             axis.plot([size * shift] * 2, interval, "_-", color=color(method))
             means.append(100 * mean)
-        axis.plot(np.array(list(line)) * shift, means, "o-", color=color(method))
-        ends.append(means[-1])
+        places = np.array(list(line)) * shift
+        axis.plot(places, means, f"{marker}-", color=color(method), label=method)
         shift *= 1.04
     axis.set_xscale("log")
     sizes = sorted({size for size, method in estimates})
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.minorticks_off()
-    label_ends(axis, list(lines), ends)
+    axis.legend(loc="lower right")
     axis.set_xlabel("labeled texts to train on")
     axis.set_ylabel("test accuracy, %")
     axis.set_title("Accuracy by the number of labels, with 95% intervals")

@@ -75,7 +75,8 @@ def fewer_labels_sentence(means, other, name):
         return ""
     most = max(sizes)
     for size, method in means:
-        if method == "QLoRA" and means[size, method] > means[most, other]:
+        is_less = method == "QLoRA" and size < most
+        if is_less and means[size, method] > means[most, other]:
             return (
                 f"With {size:,} labels it is above {name} with {most:,}"
                 f" ({percent(means[most, other])})."

@@ -8,8 +8,8 @@ fp16, an H200 4,800 GB/s and 990 TFLOP/s: about 15 times as much of both (the ve
 figures)."""
 PUBLIC_RUN = """A comparable public run, not ours: QLoRA of bert-base on 20,000 texts of
 128 tokens, 2 epochs, eager, without autocast, took 7 min 33 s on a T4, 88 texts/s; full
-fine-tuning in fp32 took 14 min 35 s. (By its log QLoRA was checkpointed.) See
-[KyriakosTop](https://github.com/KyriakosTop/bert-distilbert-compression)."""
+fine-tuning in fp32 took 14 min 35 s. Its log shows that QLoRA was checkpointed
+([KyriakosTop](https://github.com/KyriakosTop/bert-distilbert-compression))."""
 
 
 def section(runs):

@@ -307,3 +307,12 @@ def test_with_one_seed_the_interval_is_that_of_the_texts():
     mean, (low, high) = statistics.mean_and_interval([answers], same_texts=True)
     assert mean == 0.9
     assert high - low == pytest.approx(2 * 1.96 * (0.9 * 0.1 / 1000) ** 0.5, rel=0.15)
+
+
+def test_fewer_labels_are_compared_with_all():
+    means = {(100, "TF-IDF"): 0.7, (100, "QLoRA"): 0.8, (200, "QLoRA"): 0.9}
+    assert report.fewer_labels_sentence(means, "frozen base", "it") == ""
+    assert report.fewer_labels_sentence(means, "TF-IDF", "it") == ""
+    means[400, "TF-IDF"] = 0.85
+    said = "With 200 labels it is above TF-IDF with 400 (85.0%)."
+    assert report.fewer_labels_sentence(means, "TF-IDF", "TF-IDF") == said

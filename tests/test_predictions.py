@@ -2,8 +2,8 @@
 
 import ast
 import csv
-import os
 import json
+import os
 import shutil
 import subprocess
 import sys
