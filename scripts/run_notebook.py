@@ -257,6 +257,17 @@ def peak_memory_gb() -> float:
     return size * 1024 / 1e9
 
 
+def lines_to_look_at(executed: Path) -> list[str]:
+    """Return what the notebook printed about the data that the user should check."""
+    found = []
+    for cell in nbformat.read(executed, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            for line in output.get("text", "").splitlines():
+                if line.startswith("LOOK") or line.endswith("(max_length)."):
+                    found.append(line)
+    return found
+
+
 def score_line(name: str, scores: dict) -> str:
     """Return a line of the summary: accuracy with its interval, and macro F1."""
     low, high = scores["accuracy_ci95"]
@@ -288,6 +299,7 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
         f"largest class           {about['largest_class']:.1%}",
         results["reliable"]["words"],
         *results["cautions"],
+        *lines_to_look_at(executed),
         f"time, memory            {seconds:.0f} s; {spent}; {memory:.1f} GB",
         f"results and plots       {data_dir}/",
         f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import run_notebook
 from conftest import ROOT
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 
 def write_notebook(path: Path, *sources: str) -> Path:
@@ -159,15 +159,23 @@ def test_a_process_that_is_killed_is_reported_in_a_sentence(tmp_path):
         run_notebook.execute(path, tmp_path / "dead.ipynb", tmp_path)
 
 
-def test_the_summary_gives_the_scores_of_the_run(notebook):
+def test_the_summary_gives_the_scores_of_the_run(notebook, tmp_path):
+    printed = "LOOK: nan: read as a class.\n3,000 rows\n9% are not read (max_length)."
+    cell = new_code_cell("1", outputs=[new_output("stream", text=printed)])
+    executed = tmp_path / "executed.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# A"), cell]), executed)
     path = ROOT / "Data" / "reference" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     results["cautions"] = ["NEVER answered: good."]
     results["reliable"] = {"words": "A third can be relied on."}
     results["baselines"]["frozen_logreg"] = None
     results["training"]["seconds_in_all"] = results["training"]["seconds"] + 50
-    text = run_notebook.summary(results, "Data", "outputs", Path("executed.ipynb"))
-    assert "\nA third can be relied on.\nNEVER answered: good.\n" in text
+    text = run_notebook.summary(results, "Data", "outputs", executed)
+    assert (
+        "\nA third can be relied on.\nNEVER answered: good.\n"
+        "LOOK: nan: read as a class.\n9% are not read (max_length).\n"
+    ) in text
+    assert "3,000 rows" not in text
     seconds = results["training"]["seconds_in_all"]
     assert f"with interrupted runs {seconds:.0f} s" in text
     rows = {line[:24].strip(): line[24:] for line in text.splitlines()}
