@@ -281,9 +281,6 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
     about = results["provenance"]
     seconds = sum(results["sections"].values())
     training = results["training"]
-    spent = f"training {training['seconds']:.0f} s"
-    if training["seconds_in_all"] > training["seconds"] + 1:
-        spent += f", with interrupted runs {training['seconds_in_all']:.0f} s"
     memory = peak_memory_gb()
     n_texts = results["test"]["n"]
     lines = [
@@ -300,7 +297,8 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
         results["reliable"]["words"],
         *results["cautions"],
         *lines_to_look_at(executed),
-        f"time, memory            {seconds:.0f} s; {spent}; {memory:.1f} GB",
+        f"time, memory            {seconds:.0f} s; {memory:.1f} GB",
+        f"training                {training['seconds']:.0f} s, with interrupted runs",
         f"results and plots       {data_dir}/",
         f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",
         f"TF-IDF, test answers    {output_dir}/tfidf.joblib, test_predictions.csv",

@@ -106,6 +106,14 @@ def test_quotes_of_a_tsv_that_do_not_fit_stay_in_its_texts(notebook, tmp_path, c
     assert capsys.readouterr().out.startswith("LOOK: line 2")
 
 
+def test_quotes_of_a_tsv_that_join_its_lines_are_named(notebook, tmp_path, capsys):
+    lines = ["text\tlabel", '"great film\t1', "bad film\t0", 'really bad"\t1', "x\t0"]
+    path = write(tmp_path / "a.tsv", "\n".join(lines))
+    gather(notebook, path)
+    printed = capsys.readouterr().out
+    assert "LOOK: quotes join lines of this TSV" in printed
+
+
 TYPED = "text,label\nnan,NA\n007,1e3\nschön,None\nyes,010\n"
 AS_WRITTEN = [("nan", "NA"), ("007", "1e3"), ("schön", "None"), ("yes", "010")]
 

@@ -161,16 +161,30 @@ def test_what_training_freed_is_loaded_again_or_said(odd):
     assert odd.ask("frozen_scores['n']") == 15
 
 
-@pytest.mark.parametrize("sentences", ["[]", "'a text'", "5", "None"])
-def test_what_is_no_list_of_sentences_is_refused(odd, sentences):
-    cell = next(c for c in odd.nb.cells if c.source.startswith("from transformers imp"))
+def with_sentences(odd, sentences):
+    """Return the first cell of section 12, its source with other sentences."""
     cell = next(c for c in odd.nb.cells if "labelled = " in c.source)
     start = cell.source.index("sentences = [")
     end = cell.source.index("]\n", start) + 2
     source = f"{cell.source[:start]}sentences = {sentences}\n{cell.source[end:]}"
+    return odd.nb.cells.index(cell), source
+
+
+@pytest.mark.parametrize("sentences", ["[]", "'a text'", "5", "None"])
+def test_what_is_no_list_of_sentences_is_refused(odd, sentences):
+    place, source = with_sentences(odd, sentences)
     source = f"try:\n{indented(source)}\nexcept ValueError as error: print(error)"
-    (said,) = odd.run(odd.nb.cells.index(cell), source)
+    (said,) = odd.run(place, source)
     assert "Needed: a list of texts" in said.text
+
+
+def test_one_sentence_is_enough(odd):
+    place, source = with_sentences(odd, "['a text']")
+    odd.run(place, source)
+    cell = next(c for c in odd.nb.cells if "words = occlude(" in c.source)
+    said, table = odd.run(odd.nb.cells.index(cell), cell.source)
+    assert "log-odds" in said.text
+    assert "text" in table.data["text/html"]
 
 
 @pytest.mark.parametrize("words", ["reloaded = load_adapter", "labelled = "])

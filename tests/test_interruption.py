@@ -301,11 +301,12 @@ def test_a_part_of_an_epoch_is_not_trained_on_where_stopping_must_wait(
     assert count.steps == 15 < notebook.MIN_STEPS
 
 
-def test_the_seconds_in_all_have_those_before_an_interruption(section_8, config):
+def test_the_seconds_have_those_before_an_interruption(section_8, config):
     with pytest.raises(KeyboardInterrupt):
         section_8(config, Wait(1.0), Interrupt(25))
     summary = summary_of(section_8(config))
-    assert summary["seconds_in_all"] > 1.0 + summary["seconds"]
+    last_attempt = summary["history"][-1]["train_runtime"]
+    assert summary["seconds"] > 1.0 + last_attempt
     seconds = [row["seconds"] for row in summary["history"]]
     assert seconds == sorted(seconds)
 

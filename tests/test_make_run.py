@@ -169,20 +169,18 @@ def test_the_summary_gives_the_scores_of_the_run(notebook, tmp_path):
     results["cautions"] = ["NEVER answered: good."]
     results["reliable"] = {"words": "A third can be relied on."}
     results["baselines"]["frozen_logreg"] = None
-    results["training"]["seconds_in_all"] = results["training"]["seconds"] + 50
     text = run_notebook.summary(results, "Data", "outputs", executed)
     assert (
         "\nA third can be relied on.\nNEVER answered: good.\n"
         "LOOK: nan: read as a class.\n9% are not read (max_length).\n"
     ) in text
     assert "3,000 rows" not in text
-    seconds = results["training"]["seconds_in_all"]
-    assert f"with interrupted runs {seconds:.0f} s" in text
     rows = {line[:24].strip(): line[24:] for line in text.splitlines()}
     tfidf = results["baselines"]["tfidf_logreg"]
     assert rows["adapter"].startswith(notebook.percent(results["test"]))
     assert rows["merged model"].startswith(notebook.percent(results["test_merged"]))
     assert rows["tfidf_logreg"].startswith(notebook.percent(tfidf))
+    assert rows["training"].startswith(f"{results['training']['seconds']:.0f} s")
     assert rows["results and plots"] == "Data/"
 
 
