@@ -15,7 +15,7 @@ NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import offline_assets  # noqa: E402
-from hosts import hosts, reviews  # noqa: E402, F401 (fixtures)
+from hosts import hosts, reviews, run  # noqa: E402, F401 (fixtures)
 from notebook_api import import_definitions  # noqa: E402
 
 

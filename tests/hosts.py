@@ -50,6 +50,27 @@ KAGGLE = {
     "KAGGLE_URL_BASE": "https://www.kaggle.com",
 }
 
+CLASSES = ["pan", "praise", "quote"]
+PLOTS = [
+    "calibration.png",
+    "confusion_matrix.png",
+    "dataset_stats.png",
+    "efficiency_comparison.png",
+    "lora_rank_sensitivity.png",
+    "training_curves.png",
+]
+BEFORE_SECTION_10 = [
+    "provenance",
+    "test",
+    "test_merged",
+    "baselines",
+    "cautions",
+    "training",
+    "calibration",
+    "reliable",
+]
+PARTS = [*BEFORE_SECTION_10, "efficiency", "rank_sensitivity", "sections"]
+
 # A kernel in which nobody answers: what is asked is noted, and raises an error.
 ASKING = """
 import os
@@ -282,7 +303,7 @@ class Host:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reviews(sentences):
     """400 sentences of three classes; one is of those with a quote or a question.
 
@@ -297,7 +318,7 @@ def reviews(sentences):
     return rows[["Review", "Verdict"]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts(tmp_path_factory, tiny_bert, reviews):
     """Both hosts after a run from top to bottom; Kaggle's kernel can be asked."""
     data = tmp_path_factory.mktemp("input")
@@ -336,3 +357,18 @@ def hosts(tmp_path_factory, tiny_bert, reviews):
         yield SimpleNamespace(colab=colab, kaggle=kaggle)
     for folder in (data, colab.working.parent, kaggle.working.parent):
         folder.chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def run(hosts, tmp_path_factory):
+    """What Kaggle's run wrote, before tests go on with its kernel."""
+    kernel = hosts.kaggle
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    shutil.copytree(kernel.working, folder)
+    return SimpleNamespace(
+        kernel=kernel,
+        folder=folder,
+        results=kernel.results(),
+        texts=kernel.ask("test_texts"),
+        hooks=kernel.ask("str(hub.get_session().event_hooks)"),
+    )

@@ -1,0 +1,178 @@
+"""A run on odd data, in a kernel that can be asked: nothing silent, nothing lost."""
+
+import itertools
+
+import pandas as pd
+import pytest
+from hosts import SETTINGS, WITHOUT_STUDIES, Host
+
+CLASSES = ["<script>alert(1)</script>", "x" * 80, "电影"]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, tiny_bert):
+    """A run on texts without words in `Data`, odd classes, and the home folder."""
+    environ = dict(SETTINGS)
+    environ.update(WITHOUT_STUDIES)
+    environ["QLORA_MODEL_NAME"] = tiny_bert
+    environ["QLORA_DATASET_NAME"] = "Data"
+    environ["QLORA_LABEL_COLUMN"] = ""
+    environ["QLORA_OUTPUT_DIR"] = "~/x"
+    folder = tmp_path_factory.mktemp("odd")
+    host = Host("odd", "asking.Kernel", folder, environ, env_file={})
+    (host.working / "Data").mkdir()
+    texts = []
+    for signs in itertools.product("😀🎬👎!?", repeat=4):
+        texts.append("".join(signs))
+    labels = [CLASSES[number % 3] for number in range(150)]
+    table = pd.DataFrame({"text": texts[:150], "label": labels})
+    table.to_csv(host.working / "Data" / "rows.csv", index=False)
+    with host.client.setup_kernel(env=host.environ):
+        for places in host.sections.values():
+            for place in places:
+                host.run(place)
+        yield host
+    host.working.parent.chmod(0o755)
+
+
+def test_texts_without_words_have_no_tfidf_baseline_and_go_on(odd):
+    assert "No TF-IDF baseline: there are no words" in odd.printed()
+    results = odd.results()
+    assert results["baselines"]["tfidf_logreg"] is None
+    assert results["test_merged"]["n"] == 15
+
+
+def test_names_of_classes_are_no_html(odd):
+    shown = []
+    for output in odd.outputs("display_data", "execute_result"):
+        shown.append(output.data.get("text/html", ""))
+    assert any("&lt;script&gt;" in html for html in shown)
+    assert not any("<script>alert" in html for html in shown)
+
+
+def test_a_tilde_is_the_home_folder(odd):
+    assert (odd.folder / "home" / "x" / "merged" / "config.json").exists()
+    assert not (odd.working / "~").exists()
+
+
+def test_data_in_the_folder_of_results_are_read_a_second_time(odd):
+    assert (odd.working / "Data" / "calibration.png").exists()
+    assert odd.ask("sum(map(len, read_tables('Data')))") == 150
+
+
+def test_no_warning_is_shown_for_signs_that_a_font_lacks(odd):
+    for output in odd.outputs("stream"):
+        assert output.name == "stdout", output.text
+
+
+def test_other_settings_without_the_sections_that_use_them_say_where_to_run(odd):
+    cell = next(c for c in odd.nb.cells if "in (tokenized_from" in c.source)
+    place = odd.nb.cells.index(cell)
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'lora_r': 3})")
+    source = (
+        f"try:\n{indented(cell.source)}\nexcept RuntimeError as error: print(error)"
+    )
+    (said,) = odd.run(place, source)
+    odd.run(0, "config = kept")
+    assert said.text == "Settings or data changed: run again from section 3 on.\n"
+
+
+def indented(source):
+    return "\n".join(f"    {line}" for line in source.splitlines())
+
+
+def test_an_adapter_of_other_settings_is_not_scored(odd):
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
+    for words in ("reloaded = load_adapter", "labelled = "):
+        cell = next(c for c in odd.nb.cells if words in c.source)
+        source = indented(cell.source)
+        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+        (said,) = odd.run(odd.nb.cells.index(cell), source)
+        assert said.text.startswith("Run all cells: a finished training")
+    odd.run(0, "config = kept")
+
+
+def test_an_adapter_is_not_scored_on_another_split(odd):
+    """The new test split has texts that the adapter was trained on."""
+    odd.run(0, "kept = splits")
+    odd.run(0, "read_again, _ = clean(pick_columns(read_tables(config.dataset_name)))")
+    odd.run(0, "splits = split_rows(read_again, config)")
+    for words, first in (
+        ("reloaded = load_adapter", "Run all cells"),
+        ("in (tokenized_from", "Settings or data changed"),
+    ):
+        cell = next(c for c in odd.nb.cells if words in c.source)
+        source = indented(cell.source)
+        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+        outputs = odd.run(odd.nb.cells.index(cell), source)
+        assert outputs[-1].text.startswith(first)
+    odd.run(0, "splits = kept")
+
+
+def test_a_model_that_was_a_classifier_before_is_named(odd):
+    """Its own training may have had the texts of our test split."""
+    cell = next(c for c in odd.nb.cells if c.source.startswith("cautions = []"))
+    place = odd.nb.cells.index(cell)
+    said = odd.run(place, cell.source)
+    assert not any("classifier before" in output.get("text", "") for output in said)
+    odd.run(0, "about_model.architectures = ['BertForSequenceClassification']")
+    said = odd.run(place, cell.source)
+    assert "The model was a classifier before." in said[0].text
+    odd.run(0, "about_model.architectures = ['BertModel']")
+
+
+def test_a_class_that_is_hardly_recognized_is_named(odd):
+    cell = next(c for c in odd.nb.cells if c.source.startswith("cautions = []"))
+    place = odd.nb.cells.index(cell)
+    odd.run(0, "kept = merged_scores['confusion_matrix']")
+    for last_row, is_named in (("[6, 0, 2]", False), ("[7, 0, 1]", True)):
+        matrix = f"[[5, 0, 0], [0, 5, 0], {last_row}]"
+        odd.run(0, f"merged_scores['confusion_matrix'] = {matrix}")
+        said = odd.run(place, cell.source)[0].text
+        assert (f"HARDLY recognized: {CLASSES[2]} (1 of 8)." in said) == is_named
+    odd.run(0, "merged_scores['confusion_matrix'] = kept")
+
+
+def test_a_new_adapter_does_not_lie_beside_an_older_merged_model(odd):
+    """Else a run that ends between the two would leave the older one's answers."""
+    merged = odd.folder / "home" / "x" / "merged" / "model.safetensors"
+    for words, is_there in (("calibrated = load_adapter", False), ("merged =", True)):
+        cell = next(c for c in odd.nb.cells if f"\n{words}" in f"\n{c.source}")
+        odd.run(odd.nb.cells.index(cell), cell.source)
+        assert merged.exists() == is_there
+
+
+def test_what_training_freed_is_loaded_again_or_said(odd):
+    for words in ("full_mb = storage(published)", "frozen_predictions = None"):
+        cell = next(c for c in odd.nb.cells if words in c.source)
+        source = indented(cell.source)
+        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+        (said,) = odd.run(odd.nb.cells.index(cell), source)
+        assert said.text.startswith("Training freed this model: run section 6")
+    assert odd.ask("frozen_scores['n']") == 15
+
+
+def with_sentences(odd, sentences):
+    """Return the first cell of section 12, its source with other sentences."""
+    cell = next(c for c in odd.nb.cells if "labelled = " in c.source)
+    start = cell.source.index("sentences = [")
+    end = cell.source.index("]\n", start) + 2
+    source = f"{cell.source[:start]}sentences = {sentences}\n{cell.source[end:]}"
+    return odd.nb.cells.index(cell), source
+
+
+@pytest.mark.parametrize("sentences", ["[]", "'a text'", "5", "None"])
+def test_what_is_no_list_of_sentences_is_refused(odd, sentences):
+    place, source = with_sentences(odd, sentences)
+    source = f"try:\n{indented(source)}\nexcept ValueError as error: print(error)"
+    (said,) = odd.run(place, source)
+    assert "Needed: a list of texts" in said.text
+
+
+def test_one_sentence_is_enough(odd):
+    place, source = with_sentences(odd, "['a text']")
+    odd.run(place, source)
+    cell = next(c for c in odd.nb.cells if "words = occlude(" in c.source)
+    said, table = odd.run(odd.nb.cells.index(cell), cell.source)
+    assert "log-odds" in said.text
+    assert "text" in table.data["text/html"]
