@@ -84,7 +84,7 @@ METHODS = [
         common.build_full,
         {
             "gradient_checkpointing": True,
-            "optim": "adamw_bnb_8bit",  # not paged, so the allocator counts it
+            "optim": "adamw_8bit",  # not paged, so the allocator counts it
         },
     ),
     Method("LoRA, 16-bit base, checkpointed", common.build_lora, {"preset": "lean"}),

@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     source = Path(options.file).resolve()
     if path.is_dir() or source in [path.resolve(), *path.resolve().parents]:
         raise SystemExit(f"--output {path} is a folder, or what is to be classified.")
+    if path.suffix.lower() != ".csv":
+        raise SystemExit(f"--output {path}: the name must end in .csv.")
     # imported here: the libraries take some seconds
     from notebook_api import import_definitions
     from transformers import pipeline

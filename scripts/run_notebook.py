@@ -57,17 +57,25 @@ def shown_path(path: Path) -> str:
 
 
 def own_settings(notebook: nbformat.NotebookNode) -> dict:
-    """Return the `settings` of the notebook's cell for them, if they are literal."""
+    """Return the `settings` of the notebook's cell for them.
+
+    Raises SystemExit: they are not literal, so what the notebook will do is not known.
+    """
     settings = {}
     for cell in notebook.cells:
         if "parameters" not in cell.metadata.get("tags", []):
             continue
         try:
             for statement in ast.parse(cell.source).body:
-                if ast.unparse(statement).startswith("settings = "):
-                    settings = ast.literal_eval(statement.value)
-        except (SyntaxError, ValueError):
-            pass  # not literal
+                if not ast.unparse(statement).startswith("settings = "):
+                    raise ValueError("another statement")
+                settings = dict(ast.literal_eval(statement.value))
+        except (SyntaxError, TypeError, ValueError):
+            raise SystemExit(
+                "The notebook's cell for settings cannot be read by this command:"
+                f"\n{cell.source}\nNeeded: settings = {{...}} with values as they are,"
+                " such as 7 or 'my.csv', and nothing else. Or run it in Jupyter."
+            ) from None
     return settings
 
 

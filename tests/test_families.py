@@ -32,15 +32,6 @@ RELATIVE_POSITIONS = {
     "pos_att_type": ["p2c", "c2p"],
     "position_biased_input": False,
 }
-FUNNEL_SHAPE = {  # it has names of its own
-    "vocab_size": 30522,
-    "block_sizes": [1, 1],
-    "d_model": 64,
-    "n_head": 2,
-    "d_head": 32,
-    "d_inner": 128,
-    "architectures": ["FunnelModel"],
-}
 REMBERT_SIZES = {"input_embedding_size": 64, "output_embedding_size": 64}
 FAMILIES = {  # query and value, new modules, what the configuration has besides SHAPE
     "bert": ("query value", "classifier", {}),
@@ -61,7 +52,6 @@ FAMILIES = {  # query and value, new modules, what the configuration has besides
     "eurobert": ("q_proj v_proj", "dense classifier", TOKENS),
     "nomic_bert": ("q_proj v_proj", "classifier pooler", {"head_dim": 32}),
     "modernbert": ("Wqkv", "head classifier", TOKENS),
-    "funnel": ("q_head v_head", "classifier", FUNNEL_SHAPE),
 }
 KNOWN = [name for name in FAMILIES if name in transformers.CONFIG_MAPPING]
 TEXTS = []
@@ -73,9 +63,7 @@ for minutes in range(0, 8, 2):
 def make_family(name):
     """Return a tiny random model of a family."""
     torch.manual_seed(0)
-    options = FAMILIES[name][2]
-    if name != "funnel":
-        options = dict(SHAPE, **options)
+    options = dict(SHAPE, **FAMILIES[name][2])
     return AutoModel.from_config(AutoConfig.for_model(name, **options))
 
 
@@ -187,8 +175,6 @@ def test_its_frozen_states_are_averaged_over_the_tokens_of_a_text(family, frozen
     changes = {"frozen_dtype": frozen_dtype, "bnb_4bit_compute_dtype": "bfloat16"}
     config = family.config.model_copy(update=changes)
     base = nb.load_base(config, NAMES, family.head)
-    if family.name == "funnel":  # it has fewer states than tokens
-        pytest.skip("section 6 leaves it out")
     states = nb.mean_states(base, TEXTS, config, family.tokenizer)
     assert states.shape == (len(TEXTS), 64)
     if family.name == "convbert":  # its convolutions read padding, too

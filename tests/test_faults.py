@@ -240,3 +240,55 @@ def test_the_picture_of_the_levels_takes_a_pruned_matrix(columns, notebook):
     ((upper, lower),) = shown
     errors = [re.findall(r"[\d.]+%", axis.get_title())[0] for axis in (upper, lower)]
     assert float(errors[0][:-1]) < float(errors[1][:-1])
+
+
+@pytest.mark.parametrize("name", ["adapter", "merged"])
+def test_a_folder_that_no_run_has_written_is_not_replaced(notebook, tmp_path, name):
+    config = notebook.Config(output_dir=str(tmp_path), data_dir=str(tmp_path / "no"))
+    notebook.refuse_to_replace(config)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is not of a run. Set another"):
+        notebook.refuse_to_replace(config)
+    notebook.write_json(tmp_path / "training.json", {})
+    notebook.refuse_to_replace(config)
+
+
+def test_results_that_no_run_has_written_are_not_replaced(notebook, tmp_path):
+    config = notebook.Config(output_dir=str(tmp_path / "no"), data_dir=str(tmp_path))
+    notebook.write_json(tmp_path / "results.json", {"provenance": {}})
+    notebook.refuse_to_replace(config)
+    notebook.write_json(tmp_path / "results.json", [{"text": "good", "label": "a"}])
+    with pytest.raises(ValueError, match="results.json is not of a run. Set another"):
+        notebook.refuse_to_replace(config)
+
+
+def test_an_empty_line_is_a_row_where_there_is_one_column(notebook, tmp_path, capsys):
+    path = write(tmp_path / "a.csv", "comment\nA good film\n\nA bad film\n")
+    table, texts = notebook.read_texts(path, "comment")
+    assert texts.tolist() == ["A good film", "", "A bad film"]
+    assert len(table) == 3
+
+
+def test_a_setting_of_the_environment_may_be_written_in_any_case(notebook):
+    values, sources = notebook.read_settings({}, {"Qlora_Seed": "7", "seed": "8"})
+    assert values == {"seed": "7"}
+    assert sources == {"seed": "Qlora_Seed"}
+
+
+def test_a_misspelt_part_of_a_layer_s_name_is_refused(notebook, tiny_bert):
+    kind = notebook.AutoModelForSequenceClassification
+    model = kind.from_pretrained(tiny_bert)
+    for target in ("typo.value", "alue"):
+        with pytest.raises(ValueError, match=f"no layer is called {target}"):
+            notebook.adapted_layers(model, ["query", target])
+    whole = ["query", "self.value"]
+    assert notebook.adapted_layers(model, whole) == whole
+
+
+@pytest.mark.parametrize("field", ["dataset_name", "test_dataset_name", "predict_name"])
+def test_a_folder_to_be_read_does_not_hold_what_is_written(
+    notebook, tmp_path, monkeypatch, field
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"output_dir lies in {field}=."):
+        notebook.resolve_config({field: str(tmp_path)}, {}, cuda=True)

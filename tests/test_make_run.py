@@ -112,8 +112,25 @@ def test_settings_of_the_notebook_s_cell_are_found():
     assert run_notebook.own_settings(settings_cell(source)) == {"seed": 7}
 
 
-@pytest.mark.parametrize("source", ["settings = read()", "settings = {", "", "# none"])
-def test_settings_that_are_not_literal_do_not_stop_the_run(source):
+@pytest.mark.parametrize(
+    "source",
+    [
+        "settings = read()",
+        "settings = {",
+        "settings = 5",
+        "settings = {'seed': mine}",
+        "settings = {}\nsettings['seed'] = 7",
+        "settings = {}\nsettings.update(seed=7)",
+    ],
+)
+def test_settings_that_are_not_literal_are_refused(source):
+    """Else the offline assets or the folders would be those of other settings."""
+    with pytest.raises(SystemExit, match="Needed: settings = "):
+        run_notebook.own_settings(settings_cell(source))
+
+
+@pytest.mark.parametrize("source", ["", "# none"])
+def test_there_may_be_no_settings(source):
     assert run_notebook.own_settings(settings_cell(source)) == {}
 
 

@@ -242,10 +242,10 @@ def test_the_nearest_level_is_taken(notebook):
 
 
 def test_the_settings_reach_bitsandbytes(notebook, fit, bert, head):
-    config = fit(bert, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+    config = fit(bert, bnb_4bit_use_double_quant=False)
     base = notebook.load_base(config, NAMES, head)
     state = base.bert.encoder.layer[0].attention.self.query.weight.quant_state
-    assert state.quant_type == "fp4"
+    assert state.quant_type == "nf4"
     assert not state.nested
     assert state.dtype == torch.float32
 

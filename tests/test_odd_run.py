@@ -136,14 +136,14 @@ def test_a_class_that_is_hardly_recognized_is_named(odd):
 def test_a_new_adapter_does_not_lie_beside_an_older_merged_model(odd):
     """Else a run that ends between the two would leave the older one's answers."""
     merged = odd.folder / "home" / "x" / "merged" / "model.safetensors"
-    for words, is_there in (("calibrated = load_adapter", False), ("merged =", True)):
+    for words, is_there in (("adapter_from = None", False), ("merged =", True)):
         cell = next(c for c in odd.nb.cells if f"\n{words}" in f"\n{c.source}")
         odd.run(odd.nb.cells.index(cell), cell.source)
         assert merged.exists() == is_there
 
 
 def test_what_training_freed_is_loaded_again_or_said(odd):
-    for words in ("full_mb = storage(published)", "frozen_predictions = None"):
+    for words in ("full_mb = storage(published)", "train_states = mean_states"):
         cell = next(c for c in odd.nb.cells if words in c.source)
         source = indented(cell.source)
         source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
@@ -176,3 +176,80 @@ def test_one_sentence_is_enough(odd):
     said, table = odd.run(odd.nb.cells.index(cell), cell.source)
     assert "log-odds" in said.text
     assert "text" in table.data["text/html"]
+
+
+def refusal_of(odd, words):
+    """Run the cell that has these words, and return the RuntimeError's text."""
+    cell = next(c for c in odd.nb.cells if words in c.source)
+    source = indented(cell.source)
+    source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
+    (said,) = odd.run(odd.nb.cells.index(cell), source)
+    return said.text
+
+
+def test_other_settings_are_not_trained_where_the_check_was_skipped(odd):
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
+    assert "run the cell above" in refusal_of(
+        odd, "within_memory(\n        train_qlora"
+    )
+    assert "Settings changed" in refusal_of(odd, "trained_model = load_adapter")
+    assert "no adapter of this run" in refusal_of(odd, "adapter_from = None")
+    odd.run(0, "config = kept")
+
+
+def test_an_interrupted_training_is_said_to_go_on(odd):
+    odd.run(0, "kept = finished\nfinished = finished.with_name('not there')")
+    assert "it goes on" in refusal_of(odd, "training = read_json_file(finished")
+    assert "interrupted" in refusal_of(odd, "trained_model = load_adapter")
+    odd.run(0, "finished = kept")
+
+
+def test_the_adapter_of_another_run_in_this_folder_is_not_scored_or_used(odd):
+    odd.run(0, "write_json(shipped_settings, dict(about_training, seed=7))")
+    assert "not of this run any more" in refusal_of(odd, "reloaded = load_adapter")
+    assert "not of this run: run section 9" in refusal_of(odd, "labelled = ")
+    odd.run(0, "write_json(shipped_settings, about_training)")
+
+
+@pytest.mark.parametrize(
+    "words", ["full_weights = 4", "n_rank_train =", "card = model"]
+)
+def test_results_are_not_mixed_with_those_of_other_settings(odd, words):
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'ranks': [2]})")
+    assert "Settings or data changed" in refusal_of(odd, words)
+    odd.run(0, "config = kept")
+
+
+def test_answers_of_another_classifier_do_not_stay(odd):
+    """Those of the same one do: its cells can be run again."""
+    outputs = odd.folder / "home" / "x"
+    cell = next(c for c in odd.nb.cells if "adapter_from = None" in c.source)
+    for change, stays in (("", True), (", seed=7", False)):
+        (outputs / "predictions.csv").write_text("text,label\n")
+        odd.run(0, f"write_json(shipped_settings, dict(about_training{change}))")
+        odd.run(odd.nb.cells.index(cell), cell.source)
+        assert (outputs / "predictions.csv").exists() == stays
+    assert not (outputs / "test_predictions.csv").exists()
+    cell = next(c for c in odd.nb.cells if "reloaded = load_adapter" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)  # the merged model again
+
+
+def test_a_file_is_classified_by_what_ships(odd):
+    """Not by a pipeline of an earlier training."""
+    (odd.working / "new.csv").write_text("text\n😀\n\n👎👎\n")
+    change = "config.model_copy(update={'predict_name': 'new.csv'})"
+    odd.run(0, f"kept = config\nconfig = {change}\nclassify = None")
+    cell = next(c for c in odd.nb.cells if "def classify_file" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)
+    odd.run(0, "config = kept")
+    written = pd.read_csv(odd.folder / "home" / "x" / "predictions.csv")
+    assert written["label"].isin(CLASSES).tolist() == [True, False, True]
+
+
+def test_epochs_are_fitted_to_the_settings_anew(odd):
+    """Not to those that were fitted to other data."""
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'lora_r': 3})")
+    cell = next(c for c in odd.nb.cells if "config = fit_to_data(" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)
+    assert odd.ask("config.lora_r") == 16
+    odd.run(0, "config = kept")

@@ -247,6 +247,14 @@ def test_a_place_that_cannot_be_written_is_refused_before(merged, tmp_path):
     assert new.exists()
 
 
+def test_answers_are_not_written_under_the_name_of_another_format(merged, tmp_path):
+    path = write(tmp_path / "texts.csv", "text\na\n")
+    output = tmp_path / "answers.csv.gz"
+    done = run_script(str(path), "--model", str(merged), "--output", str(output))
+    assert "must end in .csv" in done.stderr
+    assert not output.exists()
+
+
 def test_what_is_read_is_not_written_over(merged, tmp_path):
     path = write(tmp_path / "in" / "a.csv", "text\na\n")
     output = tmp_path / "in" / "b.csv"

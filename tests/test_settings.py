@@ -19,7 +19,6 @@ def test_the_defaults_are_the_usual_recipe(notebook):
     config = notebook.Config()
     assert config.model_name == "bert-base-uncased"
     assert config.max_length == 256
-    assert config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_use_double_quant
     assert config.lora_r == 16
     assert config.lora_alpha == 32
@@ -263,7 +262,8 @@ BAD = [
     ("ranks", "0"),
     ("push_to_hub", "no-owner"),
     ("push_to_hub", "a/b/c"),
-    ("bnb_4bit_quant_type", "int4"),
+    ("optim", "paged_lion_8bit"),
+    ("lr_scheduler_type", "cosine_with_min_lr"),  # which needs more than a name
     ("bnb_4bit_compute_dtype", "int8"),
     ("class_weights", "heavy"),
     ("train_sampling_strategy", "sorted"),
