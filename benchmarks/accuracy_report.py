@@ -47,7 +47,7 @@ choice. "Test" and "further reviews" score what a user takes away; for QLoRA it 
 merged model. "Adapter" scores the adapter on its 4-bit base. "Over full" is the
 difference to full fine-tuning at 512 tokens in points, on the same seeds and reviews.
 Intervals cover the choice of texts, and only a part of the choice of seeds, since there
-are two or three. Seconds are those of one training each, which had the GPU to itself.
+are three. Seconds are those of one training each, which had the GPU to itself.
 Full fine-tuning has steps of 32 texts of like length, not checkpointed, as
 `recommended, fast` has; its rate was searched at 512 tokens."""
 CAVEATS = """Any random split of IMDb has reviews of the same film on both sides, and
@@ -144,6 +144,19 @@ def like_lengths_sentence(runs):
     )
 
 
+def four_bits_sentence(runs):
+    """Say what rounding the base to 4 bits changes, all else equal."""
+    four_bits = of_recipe(runs, "recommended-fast")
+    sixteen_bits = of_recipe(runs, "recommended-fast-16-bit")
+    difference, interval = statistics.paired(four_bits, sixteen_bits, "shipped_further")
+    if interval is None:
+        return ""
+    return (
+        "The 4 bits by themselves: `recommended,fast` minus the same LoRA on a 16-bit"
+        f" base is {points(difference, interval)} points on the further reviews."
+    )
+
+
 def recipe_table(rows):
     """Return the table of the recipes."""
     lines = []
@@ -236,6 +249,7 @@ def section(file, folder):
     parts = [
         "## How accurate are the recipes?",
         recommended_sentence(rows),
+        four_bits_sentence(runs),
         like_lengths_sentence(runs),
         f"Model: {model}. Texts: {settings['dataset']}. Further reviews:"
         f" {settings['further']}.",

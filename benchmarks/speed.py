@@ -9,6 +9,7 @@ rounds. `eager` launches every kernel from Python, `captured` replays CUDA graph
 texts is timed as well: batches at random, and of like length.
 """
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -88,6 +89,7 @@ def compile_forward(model):
     """Let torch.compile capture the model's passes, each call a step of its own."""
     compiled_forward = torch.compile(model.forward, mode="reduce-overhead")
 
+    @functools.wraps(model.forward)  # Trainer drops columns that it does not name
     def forward(*args, **kwargs):
         torch.compiler.cudagraph_mark_step_begin()
         return compiled_forward(*args, **kwargs)

@@ -179,6 +179,7 @@ def ratios(rows):
         "fast_over_full_captured": ratio(rows, fast, full),
         "fast_peak_over_full_captured": ratio(rows, fast, full, "peak_mb"),
         "lean_over_full_captured_checkpointed": ratio(rows, lean, checkpointed),
+        "fast_compiled_over_captured": ratio(rows, "QLoRA fast, compiled", fast),
         "lean_peak_mb": rows.get(lean, {}).get("peak_mb"),
         "like_lengths_over_random": ratio(rows, "group_by_length", "random"),
     }

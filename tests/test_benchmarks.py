@@ -1,6 +1,7 @@
 """The studies: each runs with a tiny model, writes its file, resumes, is reported."""
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import common, report, statistics  # noqa: E402
+from benchmarks import common, report, speed, statistics  # noqa: E402
 
 STUDIES = {
     "accuracy": "--seeds 1"
@@ -197,6 +198,14 @@ def test_like_lengths_are_compared_with_random_batches(tmp_path):
     assert "+2.0 [" in text
 
 
+def test_what_four_bits_change_is_said(tmp_path):
+    four_bits = recipe_run("recommended-fast", 1, n_right=90)
+    sixteen_bits = recipe_run("recommended-fast-16-bit", 1, n_right=92)
+    runs = [four_bits, sixteen_bits]
+    write_file(tmp_path, "accuracy", SETTINGS["accuracy"], runs)
+    assert "LoRA on a 16-bit base is -2.0 [" in write_report(tmp_path)
+
+
 def test_a_method_that_failed_is_shown_beside_the_others(tmp_path):
     failed = {"method": "QLoRA fast, compiled", "samples_per_second": None}
     failed["error"] = "No | kernel"
@@ -211,6 +220,33 @@ def test_a_method_that_failed_is_shown_beside_the_others(tmp_path):
     assert row_of(text, "QLoRA fast, compiled")[1] == "failed: No / kernel"
     assert row_of(text, "full, eager, 16 x 2")[1] == "not measured"
     assert row_of(text, "QLoRA fast, captured")[1] == "800"
+
+
+def test_compiled_steps_are_compared_with_captured_ones(tmp_path):
+    captured = {"samples_per_second": 800.0, "peak_mb": 200.0, "seconds_before": 1.0}
+    compiled = {"samples_per_second": 600.0, "peak_mb": 90.0, "seconds_before": 35.0}
+    captured["method"] = "QLoRA fast, captured"
+    compiled["method"] = "QLoRA fast, compiled"
+    for run in (captured, compiled):
+        run["model"] = "random"
+        run["round"] = 0
+    write_file(tmp_path, "speed", SETTINGS["speed"], [captured, compiled])
+    text = write_report(tmp_path)
+    assert "0.75 times as fast as captured, with 45.0% of its peak, after 35 s" in text
+
+
+def test_a_compiled_model_keeps_the_names_of_its_arguments(model_to_compile):
+    """Trainer drops the columns of a data set that they do not name."""
+    before = list(inspect.signature(model_to_compile.forward).parameters)
+    compiled = speed.compile_forward(model_to_compile)
+    assert list(inspect.signature(compiled.forward).parameters) == before
+
+
+@pytest.fixture
+def model_to_compile(notebook, tiny_bert):
+    """A classifier, as full fine-tuning trains it."""
+    kind = notebook.AutoModelForSequenceClassification
+    return kind.from_pretrained(tiny_bert)
 
 
 def memory_run(method, peak_mb, parameters) -> dict:

@@ -184,8 +184,10 @@ SHOWN = [
     "tfidf-logreg",
     "tfidf-nb-svm",
     "default",
+    "full-256",
     "recommended",
     "recommended-fast",
+    "recommended-fast-16-bit",
     "full-512",
 ]
 
@@ -194,11 +196,8 @@ SHOWN = [
 @pytest.mark.parametrize("recipe", SHOWN)
 def test_the_texts_give_the_row_of_the_accuracy_study(recipe, text):
     row = ACCURACY[recipe]
-    cells = [
-        str(len(row.runs)),
-        words.percent(*row.further),
-        words.number(row.peak_mb),
-    ]
+    assert len(row.runs) == 3
+    cells = [words.percent(*row.further), words.number(row.peak_mb)]
     assert cells in [shown[1:] for shown in table_rows(text)]
 
 
@@ -207,6 +206,19 @@ def test_the_readme_gives_the_accuracies_on_the_longest_texts():
     for recipe in ("default", "recommended", "tfidf-nb-svm"):
         longest = [run["by_length"][-1] for run in ACCURACY[recipe].runs]
         assert words.percent(statistics.mean(longest, "share")) in text
+
+
+@pytest.mark.parametrize("text", [README, section(LESSON, "9 Evaluation")])
+def test_the_texts_give_what_the_four_bits_cost(text):
+    four_bits = ACCURACY["recommended-fast"].runs
+    sixteen_bits = ACCURACY["recommended-fast-16-bit"].runs
+    difference = statistics.paired(four_bits, sixteen_bits, "shipped_further")
+    assert words.points(*difference) in text
+
+
+def test_the_lesson_gives_what_longer_reading_brings_full_fine_tuning():
+    difference, _ = ACCURACY["full-256"].over_full
+    assert f"{-100 * difference:.1f} points more at 512" in LESSON
 
 
 def test_the_lesson_gives_the_lead_of_recommended_by_length():
