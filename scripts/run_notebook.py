@@ -271,7 +271,8 @@ def lines_to_look_at(executed: Path) -> list[str]:
     for cell in nbformat.read(executed, as_version=4).cells:
         for output in cell.get("outputs", []):
             for line in output.get("text", "").splitlines():
-                if line.startswith("LOOK") or line.endswith("(max_length)."):
+                is_cut = line.endswith("(max_length).") and not line.startswith("0%")
+                if line.startswith("LOOK") or is_cut:
                     found.append(line)
     return found
 
@@ -306,7 +307,7 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
         *results["cautions"],
         *lines_to_look_at(executed),
         f"time, memory            {seconds:.0f} s; {memory:.1f} GB",
-        f"training                {training['seconds']:.0f} s, with interrupted runs",
+        f"training                {training['seconds']:.0f} s, interrupted runs included",
         f"results and plots       {data_dir}/",
         f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",
         f"TF-IDF, test answers    {output_dir}/tfidf.joblib, test_predictions.csv",

@@ -178,6 +178,7 @@ def test_a_process_that_is_killed_is_reported_in_a_sentence(tmp_path):
 
 def test_the_summary_gives_the_scores_of_the_run(notebook, tmp_path):
     printed = "LOOK: nan: read as a class.\n3,000 rows\n9% are not read (max_length)."
+    printed += "\n0% are not read (max_length)."
     cell = new_code_cell("1", outputs=[new_output("stream", text=printed)])
     executed = tmp_path / "executed.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# A"), cell]), executed)
@@ -192,6 +193,7 @@ def test_the_summary_gives_the_scores_of_the_run(notebook, tmp_path):
         "LOOK: nan: read as a class.\n9% are not read (max_length).\n"
     ) in text
     assert "3,000 rows" not in text
+    assert "0% are" not in text
     rows = {line[:24].strip(): line[24:] for line in text.splitlines()}
     tfidf = results["baselines"]["tfidf_logreg"]
     assert rows["adapter"].startswith(notebook.percent(results["test"]))
