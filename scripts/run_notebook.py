@@ -307,7 +307,7 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
         *results["cautions"],
         *lines_to_look_at(executed),
         f"time, memory            {seconds:.0f} s; {memory:.1f} GB",
-        f"training                {training['seconds']:.0f} s, interrupted runs included",
+        f"training                {training['seconds']:.0f} s in all attempts",
         f"results and plots       {data_dir}/",
         f"adapter, merged model   {output_dir}/adapter/, {output_dir}/merged/",
         f"TF-IDF, test answers    {output_dir}/tfidf.joblib, test_predictions.csv",
