@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import hashlib
 import json
 import re
 import unicodedata
@@ -136,6 +137,7 @@ def to_keep(rows):
         text = re.sub(r"(?i)<br\s*/?>", " ", text)
         text = re.sub("[\u00ad\u200b\u200e\u200f\u2060\ufeff]", "", text)
         text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        text = text and hashlib.sha256(text.encode()).hexdigest()
         label = re.sub(r"\.0$", "", str(label))
         labels.setdefault(text, set()).add(label)
     kept = set()
