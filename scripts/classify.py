@@ -10,13 +10,13 @@ import logging
 import os
 from pathlib import Path
 
-from dotenv import load_dotenv
 from export_onnx import check_folder
+from notebook_api import import_definitions, read_environment
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, and classify."""
-    load_dotenv(".env")
+    read_environment()
     output_dir = Path(os.environ.get("QLORA_OUTPUT_DIR") or "outputs").expanduser()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="CSV, TSV, JSON or Parquet, or a folder of them")
@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
     if path.suffix.lower() != ".csv":
         raise SystemExit(f"--output {path}: the name must end in .csv.")
     # imported here: the libraries take some seconds
-    from notebook_api import import_definitions
     from transformers import pipeline
     from transformers.utils.logging import disable_progress_bar
 

@@ -5,12 +5,23 @@ Nothing else of the notebook is run.
 
 import ast
 import json
+import os
 import sys
 import types
 from pathlib import Path
 
+from dotenv import load_dotenv
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "QLoRA_BERT_TextClassification.ipynb"
+
+
+def read_environment() -> None:
+    """Read `.env`, and write the names of settings in capitals, as scripts ask."""
+    load_dotenv(".env")
+    for name in list(os.environ):
+        if name.upper().startswith("QLORA_"):
+            os.environ[name.upper()] = os.environ.pop(name)
 
 
 def is_constant(target: ast.expr) -> bool:

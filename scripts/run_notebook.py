@@ -23,10 +23,9 @@ from pathlib import Path
 
 import nbformat
 import offline_assets
-from dotenv import load_dotenv
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from notebook_api import NOTEBOOK, ROOT
+from notebook_api import NOTEBOOK, ROOT, read_environment
 
 
 STOPPED = "\nStopped. With the same settings it goes on, and keeps its whole epochs."
@@ -319,7 +318,7 @@ def summary(results: dict, data_dir: str, output_dir: str, executed: Path) -> st
 def main() -> None:
     """Prepare the input, execute the notebook, and print the summary."""
     os.chdir(ROOT)
-    load_dotenv(".env")
+    read_environment()
     own = own_settings(nbformat.read(NOTEBOOK, as_version=4))
     if not hub_is_reached():
         print(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import notebook_api
 import offline_assets
 import pandas as pd
 import pytest
@@ -132,6 +133,16 @@ def test_settings_that_are_not_literal_are_refused(source):
 @pytest.mark.parametrize("source", ["", "# none"])
 def test_there_may_be_no_settings(source):
     assert run_notebook.own_settings(settings_cell(source)) == {}
+
+
+def test_settings_of_the_environment_may_be_written_in_any_case(monkeypatch, tmp_path):
+    """The notebook reads them so; `make run` must find the same folders."""
+    monkeypatch.chdir(tmp_path)
+    environ = {"Qlora_Output_Dir": "mine", "QLORA_SEED": "7", "HOME": "here"}
+    monkeypatch.setattr(notebook_api.os, "environ", environ)
+    notebook_api.read_environment()
+    assert environ == {"QLORA_OUTPUT_DIR": "mine", "QLORA_SEED": "7", "HOME": "here"}
+    assert run_notebook.chosen("output_dir", {}, environ) == "mine"
 
 
 def test_the_notebook_s_cell_wins_over_the_environment():
