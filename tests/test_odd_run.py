@@ -253,3 +253,32 @@ def test_epochs_are_fitted_to_the_settings_anew(odd):
     odd.run(odd.nb.cells.index(cell), cell.source)
     assert odd.ask("config.lora_r") == 16
     odd.run(0, "config = kept")
+
+
+def test_another_run_in_this_folder_is_not_scored_classified_with_or_described(odd):
+    odd.run(0, "kept = config")
+    odd.run(0, "config = config.model_copy(update={'predict_name': 'new.csv'})")
+    odd.run(0, "results_from = (config, splits)")
+    odd.run(0, "write_json(shipped_settings, dict(about_training, seed=7))")
+    for words in (
+        "probabilities = classify_apart",
+        "def classify_file",
+        "card = model",
+    ):
+        assert "is not of this run" in refusal_of(odd, words)
+    odd.run(0, "write_json(shipped_settings, about_training)")
+    odd.run(0, "config = kept\nresults_from = (config, splits)")
+
+
+def test_results_are_not_written_for_settings_that_were_not_scored(odd):
+    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
+    assert refusal_of(odd, "provenance = {").startswith("Run all cells")
+    odd.run(0, "config = kept")
+
+
+def test_an_adapter_of_before_the_check_is_not_saved(odd):
+    cell = next(c for c in odd.nb.cells if "in (tokenized_from" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)
+    assert "no adapter of this run" in refusal_of(odd, "adapter_from = None")
+    cell = next(c for c in odd.nb.cells if "trained_model = load_adapter" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)
