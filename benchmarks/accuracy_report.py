@@ -7,7 +7,7 @@ from benchmarks.words import MODELS, join, number, percent, points, source, tabl
 
 TITLES = {
     "default": "QLoRA default, random batches",
-    "default-like-lengths": "QLoRA default, batches of like length",
+    "default-like-lengths": "QLoRA default, batches of similar length",
     "recommended": "QLoRA recommended",
     "recommended-fast": "QLoRA recommended, fast",
     "recommended-fast-16-bit": "LoRA on 16 bits, as recommended, fast",
@@ -36,22 +36,22 @@ COLUMNS = [
     "test",
     "further reviews",
     "further reviews, adapter",
-    "over full, points",
+    "minus full, points",
     "seconds",
     "peak, MB",
 ]
 LENGTHS = ["1 to 128", "129 to 256", "257 to 512", "over 512"]  # accuracy.LENGTHS
 HOW_MEASURED = """Each seed draws its own split into training, validation and test
 texts. The further reviews are the same for all seeds, and no row uses them for a
-choice. "Test" and "further reviews" score what a user takes away; for QLoRA it is the
-merged model. "Adapter" scores the adapter on its 4-bit base. "Over full" is the
-difference to full fine-tuning at 512 tokens in points, on the same seeds and reviews.
+choice. "Test" and "further reviews" score the model that ships; for QLoRA, the merged
+model. "Adapter" scores the adapter on its 4-bit base. "Minus full" is the
+difference from full fine-tuning at 512 tokens in points, on the same seeds and reviews.
 Intervals cover the choice of texts, and only a part of the choice of seeds, since there
-are three. Seconds are those of one training each, which had the GPU to itself.
-Full fine-tuning has steps of 32 texts of like length, not checkpointed, as
-`recommended, fast` has; its rate was searched at 512 tokens."""
+are three. Seconds are per training, with no other work on the GPU.
+Full fine-tuning uses steps of 32 texts of similar length without checkpointing, as
+`recommended, fast` does; its rate was searched at 512 tokens."""
 CAVEATS = """Any random split of IMDb has reviews of the same film on both sides, and
-the further reviews are of such films, too. Scores are higher than on films never seen.
+the further reviews cover these films, too. Scores are higher than on unseen films.
 The best results in the literature for encoders of this size are 95.3% to 95.8% on
 IMDb's own halves, which have different films, with 25,000 whole texts to train on. The
 scores here are only roughly comparable."""
@@ -116,8 +116,8 @@ def recommended_sentence(rows):
     difference, interval = row.over_full
     if interval is None:
         return sentence
-    sentence += f" That is {points(difference, interval)} points from full fine-tuning,"
-    sentence += " on the seeds that have both."
+    gain = points(difference, interval)
+    sentence += f" That is {gain} points over full fine-tuning, on the same seeds."
     low, high = interval
     if low <= 0 <= high:
         sentence += " The interval includes zero."
@@ -137,9 +137,9 @@ def like_lengths_sentence(runs):
     validation -= statistics.mean(random, "validation")
     further = statistics.paired(grouped, random, "shipped_further")
     return (
-        "Batches of like length instead of random ones change the default by"
+        "Batches of similar length instead of random ones change the default by"
         f" {100 * validation:+.2f} points on validation, and by"
-        f" {points(*further)} points on the further reviews (seeds that have both:"
+        f" {points(*further)} points on the further reviews (common seeds:"
         f" {len(both)})."
     )
 
@@ -152,7 +152,7 @@ def four_bits_sentence(runs):
     if interval is None:
         return ""
     return (
-        "The 4 bits by themselves: `recommended,fast` minus the same LoRA on a 16-bit"
+        "The 4 bits alone: `recommended,fast` minus the same LoRA on a 16-bit"
         f" base is {points(difference, interval)} points on the further reviews."
     )
 
@@ -202,8 +202,8 @@ def repetition_sentence(runs):
                 return (
                     f"The training at {first['learning_rate']:g} was repeated for the"
                     f" table above, and came to {again['validation']:.2%},"
-                    f" {apart:.2f} points away. Rates that differ by less are not told"
-                    " apart."
+                    f" {apart:.2f} points away. Rates that differ by less cannot be"
+                    " ranked."
                 )
     return ""
 
@@ -222,7 +222,7 @@ def length_table(rows):
             cells.append(percent(statistics.mean(groups, "share")))
         lines.append(cells)
     lead = (
-        "The further reviews by their length in tokens (how many), mean of the seeds:"
+        "Accuracy by length in tokens (number of further reviews), mean of the seeds:"
     )
     return lead + "\n\n" + table(columns, lines)
 

@@ -200,6 +200,7 @@ def draw_speed(models, titles, path):
         1,
         len(models),
         figsize=(10, height),
+        sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",

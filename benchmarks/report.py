@@ -19,12 +19,12 @@ from benchmarks.words import (
     table,
 )
 
-INTRO = """# What many runs showed
+INTRO = """# Results over many runs
 
-The notebook measures one run. This page holds what needs many. It is written by
-`python -m benchmarks.report` from the JSON files beside it. Each file names its device,
-versions and settings, and each run its commit. Speeds are comparable within one file
-only. MB are 10^6 bytes; intervals are 95%."""
+The notebook measures one run. This page has the studies that need many. It is written
+by `python -m benchmarks.report` from the JSON files beside it. Each file names its
+device, versions and settings, and each run its commit. Speeds are comparable only
+within one file. MB are 10^6 bytes; intervals are 95%."""
 
 
 # ---- Labels
@@ -171,7 +171,7 @@ def memory_sentence(model, runs, parameters):
     lean_peak = peaks.get("QLoRA, lean")
     if lora_peak and lean_peak:
         change = lean_peak - lora_peak
-        sentence += " The 4 bits by themselves change PyTorch's peak by"
+        sentence += " The 4 bits alone change PyTorch's peak by"
         sentence += f" {change:+,.0f} MB ({change / lora_peak:+.0%})."
     return sentence
 
@@ -207,10 +207,9 @@ def memory(file, folder):
         sentences.append("- " + memory_sentence(model, runs, parameters))
     lead = (
         "The models have random weights in the shapes of real encoders. A step takes"
-        f" 16 x 2 texts of {settings['length']} tokens. Each method needs PyTorch's"
-        " peak, loading included, and what CUDA itself holds. LoRA on 16 bits and QLoRA"
-        " `lean` differ in the bits of the base alone. The cards have 8, 16, 24 and"
-        " 80 GB."
+        f" 16 x 2 texts of {settings['length']} tokens. The memory needed is PyTorch's"
+        " peak, including loading, plus CUDA's own. LoRA on 16 bits and QLoRA `lean`"
+        " differ only in the bits of the base. The cards have 8, 16, 24 and 80 GB."
     )
     parts = ["## Where is QLoRA needed?", "\n".join(sentences), lead]
     if runs:
@@ -265,8 +264,8 @@ def speed_sentences(rows):
         random = rows["random"]
         grouped = rows["group_by_length"]
         sentences.append(
-            f"An epoch of reviews is {ratio} times as fast with batches of like length"
-            f" ({number(grouped['samples_per_second'])} texts/s,"
+            f"An epoch of reviews is {ratio} times as fast with batches of similar"
+            f" length ({number(grouped['samples_per_second'])} texts/s,"
             f" {percent(grouped['padding'])} padding) as with random ones"
             f" ({number(random['samples_per_second'])} texts/s,"
             f" {percent(random['padding'])} padding); captures are part of the time."
@@ -300,9 +299,9 @@ def speed(file, folder):
     """Return the section on the speed of a training step; draw its figure."""
     settings = file["about"]["settings"]
     parts = [
-        "## How fast is a training step, every method treated alike?",
+        "## How fast is a training step?",
         f"All texts have {settings['length']} tokens. Each number is the median of the"
-        f" rounds; timed steps of 32 texts per round: {settings['steps']}.",
+        f" rounds, of {settings['steps']} timed steps of 32 texts each.",
     ]
     models = {}
     titles = {}
@@ -345,8 +344,8 @@ def load(file, folder):
     columns = ["rows", "file, MB"]
     columns += [f"{section}, s" for section in SECTIONS]
     columns += ["to the start of training, s", "peak, GB"]
-    lead = "The notebook up to its training: a CSV of rows of 150 made-up words, a tiny"
-    lead += " model, 128 tokens. The peak is that of the notebook's process."
+    lead = "The notebook was run up to training: a CSV of rows of 150 made-up words, a"
+    lead += " tiny model, 128 tokens. The peak is that of the notebook's process."
     parts = ["## How many rows fit?", lead]
     if lines:
         parts.append(table(columns, lines))

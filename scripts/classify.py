@@ -1,8 +1,9 @@
 """Classify the rows of a file with a trained classifier; nothing is trained.
 
-The rows are written to a CSV file as they are, plus three columns: `label`,
-`confidence` and `reliable` (`predicted_label`, ... where the file has such columns). A
-row without a text gets none. Section 12 of the notebook does the same (`predict_name`).
+The rows are written to a CSV file as they are (without blanks that begin a cell), plus
+three columns: `label`, `confidence` and `reliable` (`predicted_label`, ... where the
+file has such columns). A row without a text gets none. Section 12 of the notebook does
+the same (`predict_name`).
 """
 
 import argparse

@@ -21,7 +21,7 @@ def read_environment() -> None:
     load_dotenv(".env")
     for name in list(os.environ):
         if name.upper().startswith("QLORA_"):
-            os.environ[name.upper()] = os.environ.pop(name)
+            os.environ[name.upper()] = os.environ.pop(name).strip()
 
 
 def is_constant(target: ast.expr) -> bool:

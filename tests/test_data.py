@@ -226,7 +226,7 @@ def test_an_empty_folder_is_refused(notebook, tmp_path):
 def test_a_path_that_does_not_exist_is_refused_by_name(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(notebook.hub.constants, "HF_HUB_OFFLINE", True)
     said = refusal(notebook.read_tables, str(tmp_path / "other.csv"))
-    assert "other.csv" in said and "is no file or folder here" in said
+    assert "other.csv" in said and "is not a local file or folder" in said
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_labels_that_are_one_number_are_named(notebook, tmp_path, capsys):
     write(tmp_path / "d" / "a.csv", "text,label\na,1.5\nb,2.0\n")
     write(tmp_path / "d" / "b.csv", "text,label\nc,1.50\nd,2.00\n")
     gather(notebook, tmp_path / "d")
-    assert "1.5, 2, 1.50 are one number, but two classes" in capsys.readouterr().out
+    assert "of 1.5, 2, 1.50 some are equal as numbers" in capsys.readouterr().out
 
 
 def test_usual_labels_are_not_doubted(notebook, tmp_path, capsys):

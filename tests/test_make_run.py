@@ -138,7 +138,7 @@ def test_there_may_be_no_settings(source):
 def test_settings_of_the_environment_may_be_written_in_any_case(monkeypatch, tmp_path):
     """The notebook reads them so; `make run` must find the same folders."""
     monkeypatch.chdir(tmp_path)
-    environ = {"Qlora_Output_Dir": "mine", "QLORA_SEED": "7", "HOME": "here"}
+    environ = {"Qlora_Output_Dir": " mine ", "QLORA_SEED": "7", "HOME": "here"}
     monkeypatch.setattr(notebook_api.os, "environ", environ)
     notebook_api.read_environment()
     assert environ == {"QLORA_OUTPUT_DIR": "mine", "QLORA_SEED": "7", "HOME": "here"}

@@ -199,16 +199,16 @@ def test_other_settings_are_not_trained_where_the_check_was_skipped(odd):
 
 def test_an_interrupted_training_is_said_to_go_on(odd):
     odd.run(0, "kept = finished\nfinished = finished.with_name('not there')")
-    assert "it goes on" in refusal_of(odd, "training = read_json_file(finished")
+    assert "to resume" in refusal_of(odd, "training = read_json_file(finished")
     assert "interrupted" in refusal_of(odd, "trained_model = load_adapter")
     odd.run(0, "finished = kept")
 
 
 def test_the_adapter_of_another_run_in_this_folder_is_not_scored_or_used(odd):
-    odd.run(0, "write_json(shipped_settings, dict(about_training, seed=7))")
-    assert "not of this run any more" in refusal_of(odd, "reloaded = load_adapter")
-    assert "not of this run: run section 9" in refusal_of(odd, "labelled = ")
-    odd.run(0, "write_json(shipped_settings, about_training)")
+    odd.run(0, "write_json(shipped_settings, dict(about_shipped, seed=7))")
+    assert "is not from this run" in refusal_of(odd, "reloaded = load_adapter")
+    assert "is not from this run" in refusal_of(odd, "labelled = ")
+    odd.run(0, "write_json(shipped_settings, about_shipped)")
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,10 @@ def test_answers_of_another_classifier_do_not_stay(odd):
     """Those of the same one do: its cells can be run again."""
     outputs = odd.folder / "home" / "x"
     cell = next(c for c in odd.nb.cells if "adapter_from = None" in c.source)
-    for change, stays in (("", True), (", seed=7", False)):
+    changes = (", seed=7", ", labels=['a']", ", min_precision=0.5")
+    for change, stays in (("", True), *((change, False) for change in changes)):
         (outputs / "predictions.csv").write_text("text,label\n")
-        odd.run(0, f"write_json(shipped_settings, dict(about_training{change}))")
+        odd.run(0, f"write_json(shipped_settings, dict(about_shipped{change}))")
         odd.run(odd.nb.cells.index(cell), cell.source)
         assert (outputs / "predictions.csv").exists() == stays
     assert not (outputs / "test_predictions.csv").exists()
@@ -259,15 +260,23 @@ def test_another_run_in_this_folder_is_not_scored_classified_with_or_described(o
     odd.run(0, "kept = config")
     odd.run(0, "config = config.model_copy(update={'predict_name': 'new.csv'})")
     odd.run(0, "results_from = (config, splits)")
-    odd.run(0, "write_json(shipped_settings, dict(about_training, seed=7))")
+    odd.run(0, "write_json(shipped_settings, dict(about_shipped, seed=7))")
+    odd.run(0, "scored = scored_from, cautions, calibration_error, reliable")
+    odd.run(0, "scored_from = (config, splits)\ncautions = reliable = []")
+    odd.run(0, "calibration_error = 0.1")
     for words in (
         "probabilities = classify_apart",
+        "test_answers = pd.DataFrame",
+        "provenance = {",
+        "full_weights = 4",
+        "n_rank_train =",
         "def classify_file",
         "card = model",
     ):
-        assert "is not of this run" in refusal_of(odd, words)
-    odd.run(0, "write_json(shipped_settings, about_training)")
+        assert "is not from this run" in refusal_of(odd, words)
+    odd.run(0, "write_json(shipped_settings, about_shipped)")
     odd.run(0, "config = kept\nresults_from = (config, splits)")
+    odd.run(0, "scored_from, cautions, calibration_error, reliable = scored")
 
 
 def test_results_are_not_written_for_settings_that_were_not_scored(odd):
@@ -281,4 +290,32 @@ def test_an_adapter_of_before_the_check_is_not_saved(odd):
     odd.run(odd.nb.cells.index(cell), cell.source)
     assert "no adapter of this run" in refusal_of(odd, "adapter_from = None")
     cell = next(c for c in odd.nb.cells if "trained_model = load_adapter" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)
+
+
+@pytest.mark.parametrize("name", ["scored_from", "cautions", "reliable"])
+def test_answers_that_are_not_all_scored_are_not_written(odd, name):
+    """As after an interrupt in section 9."""
+    odd.run(0, f"kept = {name}, scored_from\n{name} = None")
+    assert refusal_of(odd, "provenance = {").startswith("Run all cells")
+    odd.run(0, "scored_from = None")
+    assert "data changed" in refusal_of(odd, "test_answers = pd.DataFrame")
+    odd.run(0, f"{name}, scored_from = kept")
+
+
+def test_adapters_of_other_settings_are_not_counted(odd):
+    odd.run(0, "kept = lora_from\nlora_from = None")
+    assert "data changed" in refusal_of(odd, "in (tokenized_from")
+    odd.run(0, "lora_from = kept")
+
+
+def test_a_half_saved_classifier_gives_no_answers(odd):
+    """Its tokenizer is saved first: a model without one would answer at random."""
+    cell = next(c for c in odd.nb.cells if "reloaded = load_adapter" in c.source)
+    half = cell.source.replace("merged.save_pretrained(", "raise RuntimeError(")
+    assert half != cell.source
+    odd.run(0, "shutil.rmtree(merged_dir)")
+    source = f"try:\n{indented(half)}\nexcept RuntimeError as error: print(error)"
+    odd.run(odd.nb.cells.index(cell), source)
+    assert "gave no answers" in refusal_of(odd, "probabilities = classify_apart")
     odd.run(odd.nb.cells.index(cell), cell.source)

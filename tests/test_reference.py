@@ -166,10 +166,9 @@ def test_the_lesson_gives_the_peaks_of_the_memory_study():
 
 def test_the_lesson_gives_the_ranks_of_the_saved_run():
     found = numbers(section(LESSON, "11 LoRA rank"))
-    modules = ", ".join(RESULTS["provenance"]["config"]["target_modules"])
     trained = []
     for row in RESULTS["rank_sensitivity"]:
-        if row["rank"] in (1, 16) and row["modules"] == modules:
+        if row["rank"] in (1, 16):
             trained.append(row)
     assert len(trained) == 2
     for row in trained:

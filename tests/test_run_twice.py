@@ -58,7 +58,7 @@ def test_a_classifier_of_another_training_is_not_replaced_without_a_word(run):
     for seed in (9, 9, 42):  # 42 is its own
         kernel.run(0, f"config = config.model_copy(update={{'seed': {seed}}})")
         kernel.run(0, "tokenized_from = baseline_from = (config, splits)")
-        kernel.run(0, "frozen_from = tokenized_from")
+        kernel.run(0, "frozen_from = lora_from = tokenized_from")
         outputs = kernel.run(place, source)
         said.append(" ".join("".join(output.text for output in outputs).split()))
     for each in said[:2]:
@@ -104,6 +104,15 @@ def test_a_section_that_fails_loses_nothing_of_those_before(run, section):
     assert len(files) >= 8
 
 
+def test_the_baseline_is_replaced_with_the_classifier_and_not_before(run):
+    """So that what `outputs` holds is what results.json scored."""
+    path = run.kernel.working / "outputs" / "tfidf.joblib"
+    path.write_bytes(b"of another run")
+    for place in run.kernel.sections[5]:
+        run.kernel.run(place)
+    assert path.read_bytes() == b"of another run"
+
+
 def test_each_section_can_be_run_again_after_a_finished_run(run):
     for section in range(12, 3, -1):
         for place in run.kernel.sections[section]:
@@ -111,3 +120,4 @@ def test_each_section_can_be_run_again_after_a_finished_run(run):
     again = run.kernel.results()
     for part in ("test", "test_merged", "training"):
         assert untimed(again[part]) == untimed(run.results[part])
+    assert (run.kernel.working / "outputs" / "tfidf.joblib").stat().st_size > 1000

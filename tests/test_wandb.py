@@ -218,6 +218,6 @@ def test_when_its_process_dies_training_goes_on_and_it_is_said_once(
     trainer = train(kill)
     assert kill.killed == 1
     assert trainer.state.global_step == 4
-    assert capfd.readouterr().out.count("W&B: the log ends here") == 1
+    assert capfd.readouterr().out.count("W&B: logging stopped") == 1
     notebook.log_test(SCORES, LABELS, ANSWERS, names)
     assert "were not logged" in capfd.readouterr().out
