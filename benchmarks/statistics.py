@@ -173,6 +173,7 @@ def ratios(rows):
     fast = "QLoRA fast, captured"
     lean = "QLoRA lean, captured"
     full = "full, captured, 32 x 1"
+    compiled = "full, compiled, 32 x 1"
     checkpointed = "full, captured, 16 x 2, checkpointed"
     return {
         "default_captured_over_eager": ratio(rows, default, "QLoRA default, eager"),
@@ -180,6 +181,8 @@ def ratios(rows):
         "fast_peak_over_full_captured": ratio(rows, fast, full, "peak_mb"),
         "lean_over_full_captured_checkpointed": ratio(rows, lean, checkpointed),
         "fast_compiled_over_captured": ratio(rows, "QLoRA fast, compiled", fast),
+        "full_compiled_over_captured": ratio(rows, compiled, full),
+        "fast_over_full_compiled": ratio(rows, fast, compiled),
         "lean_peak_mb": rows.get(lean, {}).get("peak_mb"),
         "like_lengths_over_random": ratio(rows, "group_by_length", "random"),
     }
