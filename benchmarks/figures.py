@@ -210,7 +210,9 @@ def draw_speed(models, titles, path):
         speeds = []
         for method in methods:
             speeds.append(rows.get(method, {}).get("samples_per_second"))
+        longest = axis.get_xlim()[1]  # of the panel before
         draw_bars(axis, speeds, colors)
+        axis.set_xlim(right=max(longest, axis.get_xlim()[1]))
         axis.set_title(titles[model])
         axis.set_xlabel("texts per second")
     name_rows(axes[0][0], methods)
