@@ -136,7 +136,7 @@ def test_a_class_that_is_hardly_recognized_is_named(odd):
 def test_a_new_adapter_does_not_lie_beside_an_older_merged_model(odd):
     """Else a run that ends between the two would leave the older one's answers."""
     merged = odd.folder / "home" / "x" / "merged" / "model.safetensors"
-    for words, is_there in (("adapter_from = None", False), ("merged =", True)):
+    for words, is_there in (("save_adapter(calibrated", False), ("merged =", True)):
         cell = next(c for c in odd.nb.cells if f"\n{words}" in f"\n{c.source}")
         odd.run(odd.nb.cells.index(cell), cell.source)
         assert merged.exists() == is_there
@@ -193,7 +193,7 @@ def test_other_settings_are_not_trained_where_the_check_was_skipped(odd):
         odd, "within_memory(\n        train_qlora"
     )
     assert "Settings changed" in refusal_of(odd, "trained_model = load_adapter")
-    assert "no adapter of this run" in refusal_of(odd, "adapter_from = None")
+    assert "no adapter of this run" in refusal_of(odd, "save_adapter(calibrated")
     odd.run(0, "config = kept")
 
 
@@ -211,9 +211,7 @@ def test_the_adapter_of_another_run_in_this_folder_is_not_scored_or_used(odd):
     odd.run(0, "write_json(shipped_settings, about_shipped)")
 
 
-@pytest.mark.parametrize(
-    "words", ["full_weights = 4", "n_rank_train =", "card = model"]
-)
+@pytest.mark.parametrize("words", ["efficiency = []", "adapter_size =", "card = model"])
 def test_results_are_not_mixed_with_those_of_other_settings(odd, words):
     odd.run(0, "kept = config\nconfig = config.model_copy(update={'ranks': [2]})")
     assert "Settings or data changed" in refusal_of(odd, words)
@@ -223,7 +221,7 @@ def test_results_are_not_mixed_with_those_of_other_settings(odd, words):
 def test_answers_of_another_classifier_do_not_stay(odd):
     """Those of the same one do: its cells can be run again."""
     outputs = odd.folder / "home" / "x"
-    cell = next(c for c in odd.nb.cells if "adapter_from = None" in c.source)
+    cell = next(c for c in odd.nb.cells if "save_adapter(calibrated" in c.source)
     changes = (", seed=7", ", labels=['a']", ", min_precision=0.5")
     for change, stays in (("", True), *((change, False) for change in changes)):
         (outputs / "predictions.csv").write_text("text,label\n")
@@ -263,13 +261,13 @@ def test_another_run_in_this_folder_is_not_scored_classified_with_or_described(o
     odd.run(0, "write_json(shipped_settings, dict(about_shipped, seed=7))")
     odd.run(0, "scored = scored_from, cautions, calibration_error, reliable")
     odd.run(0, "scored_from = (config, splits)\ncautions = reliable = []")
-    odd.run(0, "calibration_error = 0.1")
+    odd.run(0, "calibration_error = 0.1\nmethods = rank_scores = {}")
     for words in (
         "probabilities = classify_apart",
         "test_answers = pd.DataFrame",
         "provenance = {",
-        "full_weights = 4",
-        "n_rank_train =",
+        "efficiency = []",
+        "adapter_size =",
         "def classify_file",
         "card = model",
     ):
@@ -288,19 +286,41 @@ def test_results_are_not_written_for_settings_that_were_not_scored(odd):
 def test_an_adapter_of_before_the_check_is_not_saved(odd):
     cell = next(c for c in odd.nb.cells if "in (tokenized_from" in c.source)
     odd.run(odd.nb.cells.index(cell), cell.source)
-    assert "no adapter of this run" in refusal_of(odd, "adapter_from = None")
+    assert "no adapter of this run" in refusal_of(odd, "save_adapter(calibrated")
     cell = next(c for c in odd.nb.cells if "trained_model = load_adapter" in c.source)
     odd.run(odd.nb.cells.index(cell), cell.source)
 
 
-@pytest.mark.parametrize("name", ["scored_from", "cautions", "reliable"])
-def test_answers_that_are_not_all_scored_are_not_written(odd, name):
-    """As after an interrupt in section 9."""
-    odd.run(0, f"kept = {name}, scored_from\n{name} = None")
-    assert refusal_of(odd, "provenance = {").startswith("Run all cells")
-    odd.run(0, "scored_from = None")
-    assert "data changed" in refusal_of(odd, "test_answers = pd.DataFrame")
-    odd.run(0, f"{name}, scored_from = kept")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("scored_from", "provenance = {"),
+        ("cautions", "provenance = {"),
+        ("reliable", "provenance = {"),
+        ("scored_from", "test_answers = pd.DataFrame"),
+        ("calibration_error", "test_answers = pd.DataFrame"),
+        ("methods", "efficiency = []"),
+        ("rank_scores", "adapter_size ="),
+    ],
+)
+def test_what_is_not_made_with_these_settings_is_not_written(odd, name, words):
+    """As after an interrupt, or where a cell was skipped."""
+    states = "cautions, calibration_error, reliable, methods, rank_scores"
+    odd.run(0, f"kept = {states}, scored_from, results_from")
+    odd.run(0, f"{states} = [], 0, [], [], dict()")
+    odd.run(0, "scored_from = results_from = (config, splits)")
+    odd.run(0, f"{name} = None")
+    assert "changed" in refusal_of(odd, words) or "Run all" in refusal_of(odd, words)
+    odd.run(0, f"{states}, scored_from, results_from = kept")
+
+
+def test_a_new_classifier_ends_what_was_said_of_another(odd):
+    cell = next(c for c in odd.nb.cells if "save_adapter(calibrated" in c.source)
+    states = "[scored_from, results_from, cautions, reliable, methods, rank_scores]"
+    odd.run(odd.nb.cells.index(cell), cell.source)
+    assert odd.ask(states) == [None] * 6
+    cell = next(c for c in odd.nb.cells if "reloaded = load_adapter" in c.source)
+    odd.run(odd.nb.cells.index(cell), cell.source)
 
 
 def test_adapters_of_other_settings_are_not_counted(odd):
