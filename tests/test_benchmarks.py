@@ -223,16 +223,22 @@ def test_a_method_that_failed_is_shown_beside_the_others(tmp_path):
 
 
 def test_compiled_steps_are_compared_with_captured_ones(tmp_path):
-    captured = {"samples_per_second": 800.0, "peak_mb": 200.0, "seconds_before": 1.0}
-    compiled = {"samples_per_second": 600.0, "peak_mb": 90.0, "seconds_before": 35.0}
-    captured["method"] = "QLoRA fast, captured"
-    compiled["method"] = "QLoRA fast, compiled"
-    for run in (captured, compiled):
-        run["model"] = "random"
-        run["round"] = 0
-    write_file(tmp_path, "speed", SETTINGS["speed"], [captured, compiled])
+    speeds = {
+        "QLoRA fast, captured": 800.0,
+        "QLoRA fast, compiled": 600.0,
+        "full, captured, 32 x 1": 400.0,
+        "full, compiled, 32 x 1": 500.0,
+    }
+    runs = []
+    for method, texts in speeds.items():
+        run = {"method": method, "model": "random", "round": 0}
+        run["samples_per_second"] = texts
+        run["seconds_before"] = 35.0
+        runs.append(run)
+    write_file(tmp_path, "speed", SETTINGS["speed"], runs)
     text = write_report(tmp_path)
-    assert "0.75 times as fast as captured, with 45.0% of its peak, after 35 s" in text
+    assert "`fast` trains 0.75 times as fast as captured, after 35 s" in text
+    assert "compiled, trains 1.25 times as fast as captured: `fast` is 1.60" in text
 
 
 def test_a_compiled_model_keeps_the_names_of_its_arguments(model_to_compile):
