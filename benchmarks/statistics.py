@@ -171,18 +171,21 @@ def ratios(rows):
     """Return the comparisons that matter, from the medians of one model."""
     default = "QLoRA default, captured"
     fast = "QLoRA fast, captured"
+    fast_compiled = "QLoRA fast, compiled"
     lean = "QLoRA lean, captured"
     full = "full, captured, 32 x 1"
-    compiled = "full, compiled, 32 x 1"
+    full_compiled = "full, compiled, 32 x 1"
     checkpointed = "full, captured, 16 x 2, checkpointed"
     return {
         "default_captured_over_eager": ratio(rows, default, "QLoRA default, eager"),
         "fast_over_full_captured": ratio(rows, fast, full),
         "fast_peak_over_full_captured": ratio(rows, fast, full, "peak_mb"),
         "lean_over_full_captured_checkpointed": ratio(rows, lean, checkpointed),
-        "fast_compiled_over_captured": ratio(rows, "QLoRA fast, compiled", fast),
-        "full_compiled_over_captured": ratio(rows, compiled, full),
-        "fast_over_full_compiled": ratio(rows, fast, compiled),
+        "fast_compiled_over_captured": ratio(rows, fast_compiled, fast),
+        "fast_compiled_peak": ratio(rows, fast_compiled, fast, "peak_mb"),
+        "full_compiled_over_captured": ratio(rows, full_compiled, full),
+        "full_compiled_peak": ratio(rows, full_compiled, full, "peak_mb"),
+        "fast_over_full_compiled": ratio(rows, fast, full_compiled),
         "lean_peak_mb": rows.get(lean, {}).get("peak_mb"),
         "like_lengths_over_random": ratio(rows, "group_by_length", "random"),
     }

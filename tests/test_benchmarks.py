@@ -223,22 +223,24 @@ def test_a_method_that_failed_is_shown_beside_the_others(tmp_path):
 
 
 def test_compiled_steps_are_compared_with_captured_ones(tmp_path):
-    speeds = {
-        "QLoRA fast, captured": 800.0,
-        "QLoRA fast, compiled": 600.0,
-        "full, captured, 32 x 1": 400.0,
-        "full, compiled, 32 x 1": 500.0,
+    measured = {
+        "QLoRA fast, captured": (800.0, 200.0),
+        "QLoRA fast, compiled": (600.0, 90.0),
+        "full, captured, 32 x 1": (400.0, 300.0),
+        "full, compiled, 32 x 1": (500.0, 210.0),
     }
     runs = []
-    for method, texts in speeds.items():
+    for method, (texts, peak_mb) in measured.items():
         run = {"method": method, "model": "random", "round": 0}
         run["samples_per_second"] = texts
+        run["peak_mb"] = peak_mb
         run["seconds_before"] = 35.0
         runs.append(run)
     write_file(tmp_path, "speed", SETTINGS["speed"], runs)
     text = write_report(tmp_path)
-    assert "`fast` trains 0.75 times as fast as captured, after 35 s" in text
-    assert "compiled, trains 1.25 times as fast as captured: `fast` is 1.60" in text
+    assert "0.75 times as fast as captured, with 45.0% of its peak, after 35 s" in text
+    assert "compiled, trains 1.25 times as fast as captured, with 70.0% of" in text
+    assert "`fast` is 1.60 times as fast as that" in text
 
 
 def test_a_compiled_model_keeps_the_names_of_its_arguments(model_to_compile):

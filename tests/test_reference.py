@@ -281,6 +281,10 @@ def test_the_readme_gives_the_ratios_of_the_speed_study():
     assert f"{ratios['fast_over_full_captured']:.2f}" in found
     assert f"{100 * ratios['fast_peak_over_full_captured']:.1f}" in found
     assert f"{ratios['default_captured_over_eager']:.1f}" in found
+    assert f"{ratios['fast_over_full_compiled']:.2f}" in found
+    compiled_peak = SPEED["full, compiled, 32 x 1"]["peak_mb"]
+    peak = SPEED["QLoRA fast, captured"]["peak_mb"] / compiled_peak
+    assert f"{100 * peak:.1f}" in found
 
 
 @pytest.mark.parametrize(
