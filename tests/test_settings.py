@@ -355,6 +355,14 @@ def test_the_demo_s_epochs_cap_and_shares_belong_to_its_own_data(notebook):
     assert "num_train_epochs" not in sources
 
 
+def test_a_file_to_classify_that_does_not_exist_is_refused_at_once(notebook, tmp_path):
+    path = tmp_path / "texts.csv"
+    said = refusal(notebook, {"predict_name": str(path)}, {})
+    assert "there is no such file" in said
+    path.write_text("text\ngood\n")
+    assert resolve(notebook, {"predict_name": str(path)}, {}).predict_name == str(path)
+
+
 @pytest.mark.parametrize("field", ["dataset_name", "test_dataset_name", "predict_name"])
 @pytest.mark.parametrize(
     "name",
