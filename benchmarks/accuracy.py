@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --recipes search    learning rates, on validation
     python -m benchmarks.accuracy                     the rows of the report
 
-What is chosen is chosen on validation, and before the further reviews are read:
+All choices are made on validation, before the further reviews are read:
 - Full fine-tuning takes the best rate of its search on seed 1.
 - The preset `recommended` keeps its rate unless another is better than by chance.
 - Batches of like length become the default if they cost less than 0.2 points, as the

@@ -202,8 +202,8 @@ def repetition_sentence(runs):
                 return (
                     f"The training at {first['learning_rate']:g} was repeated for the"
                     f" table above, and came to {again['validation']:.2%},"
-                    f" {apart:.2f} points away. Rates that differ by less cannot be"
-                    " ranked."
+                    f" {apart:.2f} points away. Rates whose scores differ by less"
+                    " cannot be ranked."
                 )
     return ""
 

@@ -1,7 +1,7 @@
 """What the studies share: the notebook's definitions, models, texts, and their files.
 
-A study adds each run to its JSON file at once, and skips the runs that the file has:
-started again, it goes on. Several processes can add to one file.
+A study adds each run to its JSON file at once. Started again, it skips the runs that
+the file has. Several processes can add to one file.
 """
 
 import argparse

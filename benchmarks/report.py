@@ -244,8 +244,8 @@ def load(file, folder):
     columns = ["rows", "file, MB"]
     columns += [f"{section}, s" for section in SECTIONS]
     columns += ["to the start of training, s", "peak, GB"]
-    lead = "The notebook was run up to training: a CSV of rows of 150 made-up words, a"
-    lead += " tiny model, 128 tokens. The peak is that of the notebook's process."
+    lead = "The notebook was run up to training with a tiny model, 128 tokens and a CSV"
+    lead += " of 150 made-up words per row. The peak is that of the notebook's process."
     parts = ["## How many rows fit?", lead]
     if lines:
         parts.append(table(columns, lines))

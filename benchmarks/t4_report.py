@@ -3,7 +3,7 @@
 from benchmarks import statistics
 from benchmarks.words import join
 
-T4 = """We have not run one. A T4 has 320 GB/s of memory bandwidth and 65 TFLOP/s in
+T4 = """We have not used a T4. It has 320 GB/s of memory bandwidth and 65 TFLOP/s in
 fp16, an H200 4,800 GB/s and 990 TFLOP/s: about 15 times as much (the vendor's
 figures)."""
 PUBLIC_RUN = """A comparable public run, not ours: QLoRA of bert-base on 20,000 texts of
@@ -28,8 +28,8 @@ def section(runs):
         "A micro-batch of the default, 16 texts of 256 tokens, takes"
         f" {1000 * work:.0f} ms captured on the GPU of the table above. A T4, equally"
         f" well used, would need about {15_000 * work:.0f} ms, and {minutes:.0f}"
-        " minutes for 3 epochs of 16,000 texts. Launching it eagerly takes this host"
-        f" {1000 * launching:.0f} ms. With as fast a host, a T4 would probably be"
-        " limited by its own work, and CUDA graphs may bring nothing there."
+        " minutes for 3 epochs of 16,000 texts. Eager launching takes this host"
+        f" {1000 * launching:.0f} ms. With an equally fast host, a T4 would probably"
+        " be limited by its own work, and CUDA graphs may not help there."
     )
     return join(["## What would a T4 do?", f"{T4} {arithmetic}", PUBLIC_RUN])

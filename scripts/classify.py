@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--text-column",
         default="",
-        help="the column of the texts, if it is not text or review; without it that"
-        " of QLORA_TEXT_COLUMN, where the file has it",
+        help="the column of the texts, if it is not text or review; default:"
+        " QLORA_TEXT_COLUMN, if the file has that column",
     )
     options = parser.parse_args(arguments)
     text_column = options.text_column or os.environ.get("QLORA_TEXT_COLUMN", "")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.output or options.model.parent / "predictions.csv"
     source = Path(options.file).resolve()
     if path.is_dir() or source in [path.resolve(), *path.resolve().parents]:
-        raise SystemExit(f"--output {path} is a folder, or what is to be classified.")
+        raise SystemExit(f"--output {path} is a folder, or the input itself.")
     if path.suffix.lower() != ".csv":
         raise SystemExit(f"--output {path}: the name must end in .csv.")
     # imported here: the libraries take some seconds
@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         notebook.classify_file(options.file, path, classify, text_column)
     except Exception as error:
         raise SystemExit(
-            f"{error}\nThe column of the texts is named by --text-column, the"
-            " classifier's folder by --model, the file to be written by --output."
+            f"{error}\n--text-column names the column of the texts, --model the"
+            " classifier's folder, and --output the file to write."
         ) from None
 
 

@@ -1,8 +1,8 @@
 """Export the merged classifier to ONNX, to run without PyTorch, and check its answers.
 
-`model.onnx` takes batches of any size and length. Beside it come `config.json`, which
-names the classes, and the tokenizer. It is kept only if ONNX Runtime gives the same
-logits as the model for texts of different lengths.
+`model.onnx` takes batches of any size and length. `config.json`, which names the
+classes, and the tokenizer are written beside it. `model.onnx` is kept only if ONNX
+Runtime gives the same logits as the model for texts of different lengths.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def export(folder: Path, target: Path) -> float:
     if not difference <= TOLERANCE:  # nan is refused too
         path.unlink()
         raise SystemExit(
-            f"The exported logits differ by up to {difference:.1e}, allowed is"
-            f" {TOLERANCE:g}: not kept."
+            f"The exported logits differ by up to {difference:.1e} (allowed:"
+            f" {TOLERANCE:g}), so model.onnx was not kept."
         )
     model.config.save_pretrained(target)
     tokenizer.save_pretrained(target)

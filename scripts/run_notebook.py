@@ -28,7 +28,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from notebook_api import NOTEBOOK, ROOT, read_environment
 
 
-STOPPED = "\nStopped. With the same settings it goes on, and keeps its whole epochs."
+STOPPED = "\nStopped. To resume, rerun with the same settings; whole epochs are kept."
 
 
 def hub_is_reached(timeout: float = 5.0) -> bool:
@@ -90,7 +90,7 @@ def use_offline_assets(own: dict, environ: MutableMapping[str, str]) -> None:
     """Let the notebook run without the Hub, on the offline assets.
 
     They stand in where neither its `own` settings nor `environ` name others. The demo's
-    settings come with its data alone: who names other data gets the defaults.
+    settings apply only to its own data: other data get the defaults.
     """
     environ["HF_HUB_OFFLINE"] = "1"  # nothing in the notebook waits for the Hub
     if not chosen("model_name", own, environ):
@@ -219,7 +219,7 @@ def execute(path: Path, executed: Path, folder: Path) -> dict[str, float]:
         reason = f"{error.ename}: {error.evalue}"
     except (DeadKernelError, AssertionError):  # nbclient asserts that there is a kernel
         reason = (
-            "The notebook's process was killed, from outside or for want of memory."
+            "The notebook's process was killed, from outside or for lack of memory."
             " Run it again: a training goes on from its last whole epoch."
         )
     finally:
@@ -323,7 +323,7 @@ def main() -> None:
     if not hub_is_reached():
         print(
             "The Hugging Face Hub does not answer, or HF_HUB_OFFLINE is set:"
-            " on the offline assets.",
+            " using the offline assets.",
             flush=True,
         )
         use_offline_assets(own, os.environ)

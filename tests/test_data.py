@@ -292,7 +292,7 @@ def test_labels_that_are_one_number_are_named(notebook, tmp_path, capsys):
     write(tmp_path / "d" / "a.csv", "text,label\na,1.5\nb,2.0\n")
     write(tmp_path / "d" / "b.csv", "text,label\nc,1.50\nd,2.00\n")
     gather(notebook, tmp_path / "d")
-    assert "of 1.5, 2, 1.50 some are equal as numbers" in capsys.readouterr().out
+    assert "some of 1.5, 2, 1.50 are equal as numbers" in capsys.readouterr().out
 
 
 def test_usual_labels_are_not_doubted(notebook, tmp_path, capsys):

@@ -149,6 +149,7 @@ def test_plots_of_50_classes_with_long_names_are_drawn(tmp_path):
         "test_texts": ["a"] * 50,
         "n_classes": 50,
         "data_dir": tmp_path,
+        "begin": lambda step, after: None,
     }
     exec(cell.source, space)
     figure = space["figure"]

@@ -31,8 +31,15 @@ def odd(tmp_path_factory, tiny_bert):
         for places in host.sections.values():
             for place in places:
                 host.run(place)
+        host.run(0, "all_steps = list(finished_steps)")
         yield host
     host.working.parent.chmod(0o755)
+
+
+@pytest.fixture(autouse=True)
+def all_steps_are_finished(odd):
+    """What each test begins with."""
+    odd.run(0, "finished_steps = list(all_steps)")
 
 
 def test_texts_without_words_have_no_tfidf_baseline_and_go_on(odd):
@@ -65,53 +72,13 @@ def test_no_warning_is_shown_for_signs_that_a_font_lacks(odd):
         assert output.name == "stdout", output.text
 
 
-def test_other_settings_without_the_sections_that_use_them_say_where_to_run(odd):
-    cell = next(c for c in odd.nb.cells if "in (tokenized_from" in c.source)
-    place = odd.nb.cells.index(cell)
-    odd.run(0, "kept = config\nconfig = config.model_copy(update={'lora_r': 3})")
-    source = (
-        f"try:\n{indented(cell.source)}\nexcept RuntimeError as error: print(error)"
-    )
-    (said,) = odd.run(place, source)
-    odd.run(0, "config = kept")
-    assert said.text == "Settings or data changed: run again from section 3 on.\n"
-
-
 def indented(source):
     return "\n".join(f"    {line}" for line in source.splitlines())
 
 
-def test_an_adapter_of_other_settings_is_not_scored(odd):
-    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
-    for words in ("reloaded = load_adapter", "labelled = "):
-        cell = next(c for c in odd.nb.cells if words in c.source)
-        source = indented(cell.source)
-        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
-        (said,) = odd.run(odd.nb.cells.index(cell), source)
-        assert said.text.startswith("Run all cells: a finished training")
-    odd.run(0, "config = kept")
-
-
-def test_an_adapter_is_not_scored_on_another_split(odd):
-    """The new test split has texts that the adapter was trained on."""
-    odd.run(0, "kept = splits")
-    odd.run(0, "read_again, _ = clean(pick_columns(read_tables(config.dataset_name)))")
-    odd.run(0, "splits = split_rows(read_again, config)")
-    for words, first in (
-        ("reloaded = load_adapter", "Run all cells"),
-        ("in (tokenized_from", "Settings or data changed"),
-    ):
-        cell = next(c for c in odd.nb.cells if words in c.source)
-        source = indented(cell.source)
-        source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
-        outputs = odd.run(odd.nb.cells.index(cell), source)
-        assert outputs[-1].text.startswith(first)
-    odd.run(0, "splits = kept")
-
-
 def test_a_model_that_was_a_classifier_before_is_named(odd):
     """Its own training may have had the texts of our test split."""
-    cell = next(c for c in odd.nb.cells if c.source.startswith("cautions = []"))
+    cell = next(c for c in odd.nb.cells if "cautions = []" in c.source)
     place = odd.nb.cells.index(cell)
     said = odd.run(place, cell.source)
     assert not any("classifier before" in output.get("text", "") for output in said)
@@ -122,7 +89,7 @@ def test_a_model_that_was_a_classifier_before_is_named(odd):
 
 
 def test_a_class_that_is_hardly_recognized_is_named(odd):
-    cell = next(c for c in odd.nb.cells if c.source.startswith("cautions = []"))
+    cell = next(c for c in odd.nb.cells if "cautions = []" in c.source)
     place = odd.nb.cells.index(cell)
     odd.run(0, "kept = merged_scores['confusion_matrix']")
     for last_row, is_named in (("[6, 0, 2]", False), ("[7, 0, 1]", True)):
@@ -136,14 +103,14 @@ def test_a_class_that_is_hardly_recognized_is_named(odd):
 def test_a_new_adapter_does_not_lie_beside_an_older_merged_model(odd):
     """Else a run that ends between the two would leave the older one's answers."""
     merged = odd.folder / "home" / "x" / "merged" / "model.safetensors"
-    for words, is_there in (("save_adapter(calibrated", False), ("merged =", True)):
+    for words, is_there in (("save_adapter(trained_model", False), ("merged =", True)):
         cell = next(c for c in odd.nb.cells if f"\n{words}" in f"\n{c.source}")
         odd.run(odd.nb.cells.index(cell), cell.source)
         assert merged.exists() == is_there
 
 
 def test_what_training_freed_is_loaded_again_or_said(odd):
-    for words in ("full_mb = storage(published)", "train_states = mean_states"):
+    for words in ("base_storage = storage(base)", "train_states = mean_states"):
         cell = next(c for c in odd.nb.cells if words in c.source)
         source = indented(cell.source)
         source = f"try:\n{source}\nexcept RuntimeError as error: print(error)"
@@ -187,41 +154,17 @@ def refusal_of(odd, words):
     return said.text
 
 
-def test_other_settings_are_not_trained_where_the_check_was_skipped(odd):
-    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
-    assert "run the cell above" in refusal_of(
-        odd, "within_memory(\n        train_qlora"
-    )
-    assert "Settings changed" in refusal_of(odd, "trained_model = load_adapter")
-    assert "no adapter of this run" in refusal_of(odd, "save_adapter(calibrated")
-    odd.run(0, "config = kept")
-
-
-def test_an_interrupted_training_is_said_to_go_on(odd):
-    odd.run(0, "kept = finished\nfinished = finished.with_name('not there')")
-    assert "to resume" in refusal_of(odd, "training = read_json_file(finished")
-    assert "interrupted" in refusal_of(odd, "trained_model = load_adapter")
-    odd.run(0, "finished = kept")
-
-
 def test_the_adapter_of_another_run_in_this_folder_is_not_scored_or_used(odd):
     odd.run(0, "write_json(shipped_settings, dict(about_shipped, seed=7))")
-    assert "is not from this run" in refusal_of(odd, "reloaded = load_adapter")
     assert "is not from this run" in refusal_of(odd, "labelled = ")
+    assert "is not from this run" in refusal_of(odd, "reloaded = load_adapter")
     odd.run(0, "write_json(shipped_settings, about_shipped)")
-
-
-@pytest.mark.parametrize("words", ["efficiency = []", "adapter_size =", "card = model"])
-def test_results_are_not_mixed_with_those_of_other_settings(odd, words):
-    odd.run(0, "kept = config\nconfig = config.model_copy(update={'ranks': [2]})")
-    assert "Settings or data changed" in refusal_of(odd, words)
-    odd.run(0, "config = kept")
 
 
 def test_answers_of_another_classifier_do_not_stay(odd):
     """Those of the same one do: its cells can be run again."""
     outputs = odd.folder / "home" / "x"
-    cell = next(c for c in odd.nb.cells if "save_adapter(calibrated" in c.source)
+    cell = next(c for c in odd.nb.cells if "save_adapter(trained_model" in c.source)
     changes = (", seed=7", ", labels=['a']", ", min_precision=0.5")
     for change, stays in (("", True), *((change, False) for change in changes)):
         (outputs / "predictions.csv").write_text("text,label\n")
@@ -257,11 +200,7 @@ def test_epochs_are_fitted_to_the_settings_anew(odd):
 def test_another_run_in_this_folder_is_not_scored_classified_with_or_described(odd):
     odd.run(0, "kept = config")
     odd.run(0, "config = config.model_copy(update={'predict_name': 'new.csv'})")
-    odd.run(0, "results_from = (config, splits)")
     odd.run(0, "write_json(shipped_settings, dict(about_shipped, seed=7))")
-    odd.run(0, "scored = scored_from, cautions, calibration_error, reliable")
-    odd.run(0, "scored_from = (config, splits)\ncautions = reliable = []")
-    odd.run(0, "calibration_error = 0.1\nmethods = rank_scores = {}")
     for words in (
         "probabilities = classify_apart",
         "test_answers = pd.DataFrame",
@@ -272,61 +211,88 @@ def test_another_run_in_this_folder_is_not_scored_classified_with_or_described(o
         "card = model",
     ):
         assert "is not from this run" in refusal_of(odd, words)
-    odd.run(0, "write_json(shipped_settings, about_shipped)")
-    odd.run(0, "config = kept\nresults_from = (config, splits)")
-    odd.run(0, "scored_from, cautions, calibration_error, reliable = scored")
+        odd.run(0, "finished_steps = list(all_steps)")
+    odd.run(0, "shipped_settings.unlink()")
+    assert "is not from this run" in refusal_of(odd, "reloaded = load_adapter")
+    odd.run(0, "write_json(shipped_settings, about_shipped)\nconfig = kept")
 
 
-def test_results_are_not_written_for_settings_that_were_not_scored(odd):
-    odd.run(0, "kept = config\nconfig = config.model_copy(update={'seed': 7})")
-    assert refusal_of(odd, "provenance = {").startswith("Run all cells")
-    odd.run(0, "config = kept")
+# a cell of each step, in the notebook's order, and the step that it needs
+STEPS = {
+    "tables = read_tables(config": "2 settings",
+    "tokenized = tokenize(": "3 data",
+    "baseline_train = splits": "4 tokens",
+    "published, head = load_published": "5 baseline",
+    "train_states = mean_states": "6 base",
+    "qlora_model = build_qlora(": "6 frozen base",
+    "about_training = training_folder(": "7 adapters",
+    "within_memory(\n        train_qlora": "8 check",
+    "training = read_json_file(finished": "8 training",
+    "trained_model = load_adapter": "8 training",
+    "save_adapter(trained_model": "8 temperature",
+    "reloaded = load_adapter": "8 adapter",
+    "probabilities = classify_apart": "9 merged",
+    "cautions = []": "9 scores",
+    "ConfusionMatrixDisplay.from_predictions": "9 scores",
+    "calibration_error, bins = calibration(": "9 cautions",
+    "is_reliable = None": "9 calibration",
+    "test_answers = pd.DataFrame": "9 reliable",
+    "provenance = {": "9 answers",
+    "methods = [(": "9 results",
+    "efficiency = []": "10 methods",
+    "rank_scores = {}": "9 results",
+    "adapter_size =": "11 ranks",
+    "labelled = ": "9 merged",
+    "def classify_file": "9 merged",
+    "words = occlude(": "12 sentences",
+    "card = model": "9 results",
+}
 
 
-def test_an_adapter_of_before_the_check_is_not_saved(odd):
-    cell = next(c for c in odd.nb.cells if "in (tokenized_from" in c.source)
+@pytest.mark.parametrize(("words", "after"), STEPS.items())
+def test_a_cell_whose_input_is_missing_is_refused(odd, words, after):
+    """As after other settings or data, an interrupt, or a skipped cell."""
+    odd.run(0, "kept = config")
+    odd.run(0, "config = config.model_copy(update={'predict_name': 'new.csv'})")
+    odd.run(0, "base = qlora_model = 0  # training has freed them")
+    odd.run(0, f"finished_steps.remove({after!r})")
+    said = refusal_of(odd, words)
+    odd.run(0, "base = qlora_model = None\nconfig = kept")
+    assert said.startswith("Run all cells: a finished training is not repeated")
+    assert f"Step '{after}'" in said
+
+
+def test_other_settings_end_all_that_was_made(odd):
+    """Also where they are refused: nothing is made of the ones before."""
+    cell = next(c for c in odd.nb.cells if "asked, sources = resolve" in c.source)
+    odd.run(0, "kept = asked, config, data_dir, output_dir")
+    for refused in (False, True):
+        odd.run(0, "finished_steps = list(all_steps)")
+        odd.run(0, f"settings = {{'seed': -{refused:d}}}")
+        source = f"try:\n{indented(cell.source)}\nexcept ValueError: pass"
+        odd.run(odd.nb.cells.index(cell), source)
+        assert odd.ask("finished_steps") == ([] if refused else ["2 settings"])
+        assert "Step '8 adapter'" in refusal_of(odd, "reloaded = load_adapter")
+    odd.run(0, "settings = {}\nasked, config, data_dir, output_dir = kept")
+
+
+def test_a_step_that_runs_again_ends_all_later_ones(odd):
+    """Answers, scores and results are then of what it made before."""
+    cell = next(c for c in odd.nb.cells if "save_adapter(trained_model" in c.source)
     odd.run(odd.nb.cells.index(cell), cell.source)
-    assert "no adapter of this run" in refusal_of(odd, "save_adapter(calibrated")
-    cell = next(c for c in odd.nb.cells if "trained_model = load_adapter" in c.source)
-    odd.run(odd.nb.cells.index(cell), cell.source)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("scored_from", "provenance = {"),
-        ("cautions", "provenance = {"),
-        ("reliable", "provenance = {"),
-        ("scored_from", "test_answers = pd.DataFrame"),
-        ("calibration_error", "test_answers = pd.DataFrame"),
-        ("methods", "efficiency = []"),
-        ("rank_scores", "adapter_size ="),
-    ],
-)
-def test_what_is_not_made_with_these_settings_is_not_written(odd, name, words):
-    """As after an interrupt, or where a cell was skipped."""
-    states = "cautions, calibration_error, reliable, methods, rank_scores"
-    odd.run(0, f"kept = {states}, scored_from, results_from")
-    odd.run(0, f"{states} = [], 0, [], [], dict()")
-    odd.run(0, "scored_from = results_from = (config, splits)")
-    odd.run(0, f"{name} = None")
-    assert "changed" in refusal_of(odd, words) or "Run all" in refusal_of(odd, words)
-    odd.run(0, f"{states}, scored_from, results_from = kept")
-
-
-def test_a_new_classifier_ends_what_was_said_of_another(odd):
-    cell = next(c for c in odd.nb.cells if "save_adapter(calibrated" in c.source)
-    states = "[scored_from, results_from, cautions, reliable, methods, rank_scores]"
-    odd.run(odd.nb.cells.index(cell), cell.source)
-    assert odd.ask(states) == [None] * 6
+    assert odd.ask("finished_steps")[-1] == "8 adapter"
     cell = next(c for c in odd.nb.cells if "reloaded = load_adapter" in c.source)
     odd.run(odd.nb.cells.index(cell), cell.source)
+    assert odd.ask("finished_steps")[-1] == "9 merged"
 
 
-def test_adapters_of_other_settings_are_not_counted(odd):
-    odd.run(0, "kept = lora_from\nlora_from = None")
-    assert "data changed" in refusal_of(odd, "in (tokenized_from")
-    odd.run(0, "lora_from = kept")
+def test_a_step_that_fails_is_not_finished(odd):
+    odd.run(0, "real = paired_difference")
+    odd.run(0, "def paired_difference(*_): raise RuntimeError('interrupted')")
+    odd.run(0, "real_scores = frozen_predictions\nfrozen_predictions = test_labels")
+    assert refusal_of(odd, "cautions = []") == "interrupted\n"
+    odd.run(0, "paired_difference = real\nfrozen_predictions = real_scores")
+    assert "Step '9 cautions'" in refusal_of(odd, "bins = calibration(")
 
 
 def test_a_half_saved_classifier_gives_no_answers(odd):
@@ -337,5 +303,7 @@ def test_a_half_saved_classifier_gives_no_answers(odd):
     odd.run(0, "shutil.rmtree(merged_dir)")
     source = f"try:\n{indented(half)}\nexcept RuntimeError as error: print(error)"
     odd.run(odd.nb.cells.index(cell), source)
+    assert "Step '9 merged'" in refusal_of(odd, "probabilities = classify_apart")
+    odd.run(0, "finished_steps = list(all_steps)")
     assert "gave no answers" in refusal_of(odd, "probabilities = classify_apart")
     odd.run(odd.nb.cells.index(cell), cell.source)

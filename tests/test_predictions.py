@@ -240,7 +240,7 @@ def test_a_place_that_cannot_be_written_is_refused_before(merged, tmp_path):
     path = write(tmp_path / "texts.csv", "text\na\n")
     for output in (tmp_path, path):
         done = run_script(str(path), "--model", str(merged), "--output", str(output))
-        assert "is a folder, or what is to be classified" in done.stderr
+        assert "is a folder, or the input itself" in done.stderr
     assert path.read_text() == "text\na\n"
     new = tmp_path / "new" / "answers.csv"
     assert run_script(str(path), "--model", str(merged), "--output", str(new)).stdout
@@ -259,7 +259,7 @@ def test_what_is_read_is_not_written_over(merged, tmp_path):
     path = write(tmp_path / "in" / "a.csv", "text\na\n")
     output = tmp_path / "in" / "b.csv"
     done = run_script(str(path.parent), "--model", str(merged), "--output", str(output))
-    assert "what is to be classified" in done.stderr
+    assert "the input itself" in done.stderr
     assert not output.exists()
 
 

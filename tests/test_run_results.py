@@ -89,7 +89,7 @@ def test_cautions_are_said_where_the_scores_are(run):
         for measure in ("accuracy", "f1_macro"):
             verdict = run.kernel.ask(f"gains.loc[{name!r}, {measure!r}]")
             verdict = verdict.split(": ")[1]
-            words = f"By {measure} {verdict} than {name}"
+            words = f"By {measure}, it is {verdict} than {name}"
             assert (words in said) == (verdict != "better")
             if ours[measure] <= results["baselines"][key][measure]:
                 assert verdict in ("worse", "perhaps no better")

@@ -370,6 +370,8 @@ def test_a_file_to_classify_that_does_not_exist_is_refused_at_once(notebook, tmp
         "Data/results.json",
         "outputs/predictions.csv",
         "outputs/../outputs/test_predictions.csv",
+        "outputs/adapter/mine.csv",
+        "outputs/merged",
     ],
 )
 def test_a_file_that_a_run_writes_is_not_its_input(
@@ -377,7 +379,7 @@ def test_a_file_that_a_run_writes_is_not_its_input(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Data").mkdir()
-    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "adapter").mkdir(parents=True)
     (tmp_path / name).resolve().write_text("text,label\na,b\n")
     assert refusal(notebook, {field: name}, {}).startswith(f"{field}: a run overwrites")
 
