@@ -66,10 +66,11 @@ def run(tmp_path_factory, tiny_bert):
     texts = [
         f"This is text {number}, of {label}." for number, label in enumerate(LABELS)
     ]
-    table = pd.DataFrame({"comment": texts, "rating": LABELS})
+    label = settings["label_column"]
+    table = pd.DataFrame({"comment": texts, label: LABELS})
     table.to_csv(host.working / settings["dataset_name"], index=False)
-    test = table[table["rating"] == LABELS[0]][:8]  # fewer are left to train on
-    test = pd.concat([test, table[table["rating"] != LABELS[0]][:4]])
+    test = table[table[label] == LABELS[0]][:8]  # fewer are left to train on
+    test = pd.concat([test, table[table[label] != LABELS[0]][:4]])
     test.to_csv(host.working / settings["test_dataset_name"], index=False)
     table[["comment"]].to_csv(host.working / settings["predict_name"], index=False)
     for cell in host.nb.cells:
