@@ -227,7 +227,7 @@ STEPS = {
     "qlora_model = build_qlora(": "6 frozen base",
     "about_training = training_folder(": "7 adapters",
     "within_memory(\n        train_qlora": "8 check",
-    "training = read_json_file(finished": "8 training",
+    "history = pd.DataFrame(training": "8 training",
     "trained_model = load_adapter": "8 training",
     "save_adapter(trained_model": "8 temperature",
     "reloaded = load_adapter": "8 adapter",
