@@ -221,6 +221,7 @@ def test_another_run_in_this_folder_is_not_scored_classified_with_or_described(o
 STEPS = {
     "tables = read_tables(config": "2 settings",
     "tokenized = tokenize(": "3 data",
+    "some_texts = list(": "4 tokens",
     "baseline_train = splits": "4 tokens",
     "published, head = load_published": "5 baseline",
     "train_states = mean_states": "6 base",
@@ -244,7 +245,7 @@ STEPS = {
     "adapter_size =": "11 ranks",
     "labelled = ": "9 merged",
     "def classify_file": "9 merged",
-    "words = occlude(": "12 sentences",
+    "words = occlude(": "9 merged",
     "card = model": "9 results",
 }
 
@@ -293,6 +294,24 @@ def test_a_step_that_fails_is_not_finished(odd):
     assert refusal_of(odd, "cautions = []") == "interrupted\n"
     odd.run(0, "paired_difference = real\nfrozen_predictions = real_scores")
     assert "Step '9 cautions'" in refusal_of(odd, "bins = calibration(")
+
+
+def test_adapters_that_were_not_counted_are_not_finished(odd):
+    """Else section 11 would count those of other settings."""
+    odd.run(0, "real = storage\ndef storage(_): raise RuntimeError('interrupted')")
+    assert refusal_of(odd, "qlora_model = build_qlora(") == "interrupted\n"
+    odd.run(0, "storage = real\nqlora_model = None")
+    assert "Step '7 adapters'" in refusal_of(odd, "about_training = training_folder(")
+
+
+def test_other_sentences_leave_what_was_scored(odd):
+    """Also where the first ones were classified before the scoring."""
+    odd.run(0, "finished_steps = finished_steps[: finished_steps.index('9 scores')]")
+    place, source = with_sentences(odd, "['a text']")
+    odd.run(place, source)
+    odd.run(0, "finished_steps += all_steps[all_steps.index('9 scores') :]")
+    odd.run(place, source)
+    assert "9 results" in odd.ask("finished_steps")
 
 
 def test_a_half_saved_classifier_gives_no_answers(odd):
