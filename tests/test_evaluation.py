@@ -188,6 +188,19 @@ def test_a_paired_interval_holds_the_truth_in_about_95_of_100_cases(
     assert 0.91 <= np.mean(held) <= 0.99
 
 
+def test_a_rare_class_that_a_draw_lacks_does_not_favour_the_model_that_misses_it(
+    notebook,
+):
+    """Else the other one's false answers of this class would count in that draw."""
+    labels = np.repeat([0, 1], [77, 3])
+    misses_it = np.zeros(80, dtype=int)
+    finds_it = labels.copy()
+    finds_it[0] = 1
+    gain, _, high = notebook.paired_difference(labels, misses_it, finds_it, "f1_macro")
+    assert gain < -30
+    assert high < 1  # point: of the false answer itself, in a draw without the class
+
+
 def test_one_answer_for_all_can_win_by_accuracy_and_lose_by_macro_f1(notebook):
     labels = np.repeat([0, 1, 2], [160, 20, 20])
     one_answer = np.zeros(200, dtype=int)

@@ -224,7 +224,7 @@ def test_a_file_without_any_text_is_no_error(merged, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no such file"), ("body\na\n", "--text-column"), ("text\na,b\n", "line 2")],
+    [(None, "no such file"), ("body\na\n", "--text-column"), ("text,x\na\n", "line 2")],
 )
 def test_what_cannot_be_classified_ends_in_a_sentence(merged, tmp_path, content, said):
     path = tmp_path / "texts.csv"
