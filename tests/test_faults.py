@@ -267,13 +267,12 @@ def test_an_empty_line_is_a_row_where_there_is_one_column(notebook, tmp_path, ca
     assert len(table) == 3
 
 
-def test_commas_end_no_text_where_there_is_one_column(notebook, tmp_path, capsys):
+def test_commas_end_no_text_where_there_is_one_column(notebook, tmp_path):
     """As Excel saves it in countries where the separator is a semicolon."""
     csv = 'Nachricht\nHallo, es kostet 125,06 €; warum?\n"zwei\nZeilen"\n'
     path = write(tmp_path / "a.csv", csv)
     _, texts = notebook.read_texts(path, "nachricht")
     assert texts.tolist() == ["Hallo, es kostet 125,06 €; warum?", "zwei\nZeilen"]
-    assert "A file of one column" in capsys.readouterr().out
 
 
 def test_a_setting_of_the_environment_may_be_written_in_any_case(notebook):

@@ -244,7 +244,7 @@ def test_an_own_test_split_is_kept_as_it_is_and_its_texts_are_not_trained_on(
 @pytest.mark.parametrize(
     ("csv", "reason"),
     [
-        ("text,label\nx,Ham\n", "unknown: ['Ham']; known: ['0', 'spam']"),
+        ("text,label\nx,ham\n", "unknown: ['ham']; known: ['0', 'spam']"),
         ("text,label\n,0\nx,\n", "test_dataset_name: 0 rows with text and label"),
         ("text,label\na,0\nb c,0\n", "1 different labels (spam)"),
         ("text,label\na,0\nb c,0\nc,0\nd,0\n", "0 different labels"),
